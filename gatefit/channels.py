@@ -1,0 +1,260 @@
+"""Where a block's channel salience has to multiply, and what a closed channel makes removable.
+
+Zero salience has to make a channel dead in everything that reads it. So the walk starts at a layer's
+output, follows the channel through all that treats channels one by one, and stops at the layers that mix
+them (the consumers). The mask stands at the earliest point after which zero stays zero up to every consumer.
+"""
+
+import operator
+from dataclasses import dataclass, field, replace
+from math import gcd
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from gatefit.blocks import ChannelUnits, FoundBlocks, MaskPoint, ResidualBlock, Slice, layer_name
+from gatefit.graph import WEIGHTED, module_of, shape_of
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_ZERO_KEEPING = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Tanh,
+    nn.Softsign, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Identity, nn.modules.dropout._DropoutNd,
+)  # fmt: skip
+_ZERO_LOSING = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid)
+_POOLS = (
+    nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
+_ZERO_KEEPING_CALLS = {
+    F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.leaky_relu, F.elu, F.mish, F.tanh, F.avg_pool2d, F.max_pool2d,
+    F.adaptive_avg_pool2d, torch.relu, torch.tanh, "relu", "contiguous", "tanh",
+}  # fmt: skip
+_ZERO_LOSING_CALLS = {F.sigmoid, F.hardsigmoid, F.softplus, torch.sigmoid, "sigmoid"}
+_PRODUCTS = {operator.mul, torch.mul, "mul"}
+_SHAPE_READS = {"size", "dim", getattr}
+
+
+class _NoChannelGate(Exception):
+    """Why the walk from one layer ended."""
+
+
+@dataclass
+class _Walk:
+    """What the walk has found so far: aligned nodes with (axis, entries per channel of the target)."""
+
+    traced: fx.GraphModule
+    cone: set[str]
+    channels: int
+    units: int
+    aligned: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    keeps_zero: dict[tuple[fx.Node, fx.Node], bool] = field(default_factory=dict)
+    consumers: set[tuple[fx.Node, fx.Node]] = field(default_factory=set)
+    slices: list[tuple[str, int, int]] = field(default_factory=list)
+    """(tensor, axis, size on that axis)."""
+    scaled: set[str] = field(default_factory=set)
+
+
+def with_channel_units(traced: fx.GraphModule, found: FoundBlocks) -> FoundBlocks:
+    """Return `found` with the channel units of every block that can take a channel gate."""
+    return replace(found, blocks=tuple(_with_units(traced, block) for block in found.blocks))
+
+
+def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
+    own = {layer.name for layer in block.layers}
+    reason = "no convolution or linear layer of its own"
+    reasons: list[str] = []
+    for node in traced.graph.nodes:
+        if node.name not in block.nodes or layer_name(node) not in own:
+            continue
+        module = module_of(traced, node)
+        if not isinstance(module, WEIGHTED):
+            continue
+        try:
+            units = _units_from(traced, block, node, module)
+        except _NoChannelGate as stop:
+            reasons.append(f"{layer_name(node)}: {stop}")
+            continue
+        layers = tuple(replace(layer, scaled=layer.name in units.scaled) for layer in block.layers)
+        return replace(block, gated=units, layers=layers)
+    return replace(block, no_channel_gate="; ".join(reasons) or reason)
+
+
+def _units_from(traced: fx.GraphModule, block: ResidualBlock, start: fx.Node, module: nn.Module) -> ChannelUnits:
+    """The channel units of one block with the outputs of layer `start` as channels."""
+    _check_called_once(traced, start)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        raise _NoChannelGate("transposed convolution")
+    axis, channels = _output_channels(start, module)
+    walk = _Walk(traced, set(block.nodes), channels, channels)
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+        walk.units = gcd(channels, module.groups)
+    _claim_rows(walk, start, module, channels)
+    walk.aligned[start] = (axis, 1)
+    walk.scaled.add(layer_name(start))
+    frontier = [start]
+    while frontier:
+        node = frontier.pop(0)
+        for user in node.users:
+            if _reads_shape(user):
+                continue
+            if user.name not in walk.cone:
+                raise _NoChannelGate("its channels are the branch's own output")
+            if _step(walk, node, user) and user not in frontier:
+                frontier.append(user)
+    if not walk.consumers:
+        raise _NoChannelGate("nothing reads its channels")
+    if not walk.units > 1:
+        raise _NoChannelGate("only one unit")
+    masks = {node: walk.aligned[node] for node in _mask_nodes(walk, start)}
+    return ChannelUnits(
+        target=layer_name(start),
+        channels=channels,
+        units=walk.units,
+        masks=tuple(
+            MaskPoint(n.name, axis, wide * channels // walk.units) for n, (axis, wide) in sorted(masks.items())
+        ),
+        slices=tuple(Slice(tensor, axis, size // walk.units) for tensor, axis, size in walk.slices),
+        scaled=frozenset(walk.scaled),
+    )
+
+
+def _check_called_once(traced: fx.GraphModule, node: fx.Node) -> None:
+    if len(traced.graph.find_nodes(op="call_module", target=node.target)) > 1:
+        raise _NoChannelGate(f"the weights of '{node.target}' are used more than once")
+
+
+def _output_channels(node: fx.Node, module: nn.Module) -> tuple[int, int]:
+    shape = shape_of(node)
+    if shape is None:
+        raise _NoChannelGate("its output shape is unknown")
+    axis = len(shape) - 1 if isinstance(module, nn.Linear) else 1
+    return axis, shape[axis]
+
+
+def _step(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
+    """Go from an aligned node to one reader of it; whether to walk on from there."""
+    axis, wide = walk.aligned[node]
+    module = module_of(walk.traced, user)
+    keeps: bool | None
+    if module is not None and next(module.parameters(), None) is not None:
+        _check_called_once(walk.traced, user)
+    if isinstance(module, WEIGHTED):
+        passed = _through_layer(walk, node, user, module)
+        if passed is None:
+            walk.consumers.add((node, user))
+            return False
+        keeps, wide = passed
+    elif isinstance(module, _BATCH_NORM):
+        _claim_norm(walk, user, module, axis)
+        keeps = False
+    elif isinstance(module, _POOLS):
+        keeps = True
+    elif module is not None:
+        keeps = _keeps_zero(module)
+    elif user.target in _PRODUCTS:
+        keeps = True
+    elif user.target in _ZERO_KEEPING_CALLS:
+        keeps = True
+    elif user.target in _ZERO_LOSING_CALLS:
+        keeps = False
+    elif user.target in ("mean", torch.mean) and _spatial_mean(user):
+        keeps = True
+    else:
+        keeps = None
+    if keeps is None:
+        what = type(module).__name__ if module is not None else getattr(user.target, "__name__", user.target)
+        raise _NoChannelGate(f"its channels reach '{user.name}' ({what}), which may mix them")
+    shape, before = shape_of(user), shape_of(node)
+    if shape is None or before is None or len(shape) != len(before) or shape[axis] != walk.channels * wide:
+        raise _NoChannelGate(f"'{user.name}' moves its channels")
+    walk.keeps_zero[node, user] = keeps
+    fresh = user not in walk.aligned
+    if not fresh and walk.aligned[user] != (axis, wide):
+        raise _NoChannelGate(f"'{user.name}' joins channels of different kinds")
+    walk.aligned[user] = (axis, wide)
+    return fresh
+
+
+def _through_layer(walk: _Walk, node: fx.Node, user: fx.Node, module: nn.Module) -> tuple[bool, int] | None:
+    """None: the layer mixes channels and consumes them. Else (keeps zero, width) behind a grouped convolution."""
+    axis, wide = walk.aligned[node]
+    size = walk.channels * wide
+    walk.scaled.add(layer_name(user))
+    if isinstance(module, nn.Linear):
+        if axis != len(shape_of(node) or ()) - 1:
+            raise _NoChannelGate(f"'{user.name}' mixes positions, not channels")
+        walk.slices.append((f"{user.target}.weight", 1, size))
+        return None
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    if axis != 1 or isinstance(module, nn.modules.conv._ConvTransposeNd):
+        raise _NoChannelGate(f"'{user.name}' does not read its channels on axis 1")
+    if module.groups == 1:
+        walk.slices.append((f"{user.target}.weight", 1, size))
+        return None
+    if module.out_channels % walk.channels:
+        raise _NoChannelGate(f"'{user.name}' has groups that do not fit its channels")
+    walk.units = gcd(walk.units, module.groups)
+    _claim_rows(walk, user, module, module.out_channels)
+    return module.bias is None, module.out_channels // walk.channels
+
+
+def _claim_rows(walk: _Walk, node: fx.Node, module: nn.Module, size: int) -> None:
+    walk.slices.append((f"{node.target}.weight", 0, size))
+    if module.bias is not None:
+        walk.slices.append((f"{node.target}.bias", 0, size))
+
+
+def _claim_norm(walk: _Walk, node: fx.Node, module: nn.Module, axis: int) -> None:
+    if axis != 1:
+        raise _NoChannelGate(f"'{node.name}' normalises another axis")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(module, name, None)
+        if tensor is not None:
+            walk.slices.append((f"{node.target}.{name}", 0, tensor.shape[0]))
+
+
+def _keeps_zero(module: nn.Module) -> bool | None:
+    """Whether a module that works element by element maps 0 to 0; None if it may not be one."""
+    if isinstance(module, _ZERO_LOSING):
+        return False
+    if isinstance(module, _ZERO_KEEPING):
+        return True
+    if type(module).__name__ in ("DropPath", "StochasticDepth"):
+        return True
+    if type(module).__module__.startswith("timm.layers.activations") and not list(module.parameters()):
+        return bool(module(torch.zeros(1)) == 0)
+    return None
+
+
+def _spatial_mean(node: fx.Node) -> bool:
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    keepdim = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
+    return bool(keepdim) and dims in ((2, 3), [2, 3], (-2, -1), [-2, -1], (-1, -2), [-1, -2])
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    return node.target in _SHAPE_READS and shape_of(node) is None
+
+
+def _mask_nodes(walk: _Walk, start: fx.Node) -> list[fx.Node]:
+    """The nodes after which zero stays zero on every way to a consumer, moved behind activations."""
+    safe: dict[fx.Node, bool] = {}
+    for node in sorted(walk.aligned, reverse=True):
+        safe[node] = all(
+            walk.keeps_zero[node, user] and safe[user] for user in node.users if (node, user) in walk.keeps_zero
+        )
+    masks: list[fx.Node] = []
+    frontier = [start]
+    while frontier:
+        node = frontier.pop(0)
+        if safe[node]:
+            while len(node.users) == 1 and (node, next(iter(node.users))) in walk.keeps_zero:
+                node = next(iter(node.users))
+            masks.append(node)
+            continue
+        if any((node, user) in walk.consumers for user in node.users):
+            raise _NoChannelGate(f"'{node.name}' is read by a layer before the point where it can be masked")
+        frontier.extend(u for u in node.users if (node, u) in walk.keeps_zero and u not in masks + frontier)
+    if len(masks) > 1:
+        raise _NoChannelGate("it would need masks at several points: " + ", ".join(n.name for n in masks))
+    return masks

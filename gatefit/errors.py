@@ -1,0 +1,29 @@
+"""The one family of errors that gatefit raises for what a user can mend."""
+
+
+class GatefitError(Exception):
+    """Base of every error that gatefit raises on purpose: one line that names cause and next step."""
+
+
+class ModelError(GatefitError):
+    """A model, or weights for it, that cannot be found, built or loaded."""
+
+
+class ConversionError(GatefitError):
+    """A network that cannot be gated, or whose conversion failed one of the checks."""
+
+
+class DataError(GatefitError):
+    """Images or labels that are missing, unreadable or do not fit the network."""
+
+
+class RecipeError(GatefitError):
+    """An option or recipe key that is unknown, contradictory or out of range."""
+
+
+class CheckpointError(GatefitError):
+    """A saved folder that is missing, incomplete, tampered with or cannot be written."""
+
+
+class TrainingError(GatefitError):
+    """A fine-tune that cannot go on, such as one whose loss is not finite."""

@@ -1,0 +1,146 @@
+"""The two gates of a block and how their saliences are applied (LC-Net, arXiv 2007.15151)."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gatefit.blocks import ResidualBlock
+from gatefit.errors import GatefitError
+
+GateForm = Literal["relu1", "step"]
+"""Form of the saliences: the paper's ReLU-1, or 0/1 (a step, trained straight-through)."""
+
+PREFIX = "gatefit"
+"""Every parameter that a retrofit adds stands under this prefix."""
+
+LEAK = 0.01
+"""Slope of the leaky ReLU-1 outside [0, 1]."""
+
+
+def relu1(x: Tensor, leak: float = 0.0) -> Tensor:
+    """min(max(x, 0), 1), with slope `leak` outside [0, 1]. At 0 and 1 themselves the gradient is whole."""
+    inside = x.clamp(0, 1)
+    return inside + leak * (x - inside) if leak else inside
+
+
+def step(x: Tensor) -> Tensor:
+    """1 where x > 0, else 0; in the backward pass the gradient passes with slope 1/2 for |x| <= 1."""
+    hard = (x > 0).to(x.dtype)
+    soft = x.clamp(-1, 1) / 2
+    return hard + (soft - soft.detach()) if x.requires_grad else hard
+
+
+@dataclass(frozen=True)
+class GateOutputs:
+    """What a gate computed in its last forward; each tensor has the gradient of that forward."""
+
+    block: Tensor | None
+    """Pre-activation of the block gate, (B, 1), float."""
+    channel: Tensor | None
+    """Pre-activations of the channel gate, (B, units), float."""
+
+
+class Gate(nn.Module):
+    """L-Net and C-Net of one block on one shared pooling: S = ReLU1(FC(GAP(x))).
+
+    It starts as the identity: weight 0 and bias 1, so that every salience is exactly 1.
+
+    Args:
+        of: the block that it gates.
+        gates: "lc" for both gates, "l" for the block gate alone, "c" for the channel gate alone.
+        form: see `GateForm`.
+    """
+
+    def __init__(self, of: ResidualBlock, gates: str = "lc", form: GateForm = "relu1") -> None:
+        super().__init__()
+        self.of = of
+        self.form = form
+        self.block = _identity_fc(of.features, 1) if "l" in gates else None
+        self.channel = _identity_fc(of.features, of.units) if "c" in gates and of.units else None
+        self.outputs: GateOutputs | None = None
+
+    @property
+    def macs(self) -> int:
+        """MACs per image of the gate itself."""
+        return sum(fc.in_features * fc.out_features for fc in (self.block, self.channel) if fc is not None)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Global average pooling of the block's input over all but batch and channels: (B, features)."""
+        axes = [a for a in range(1, x.dim()) if a != self.of.entry_axis]
+        return x.mean(axes) if axes else x
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Saliences in [0, 1] of the block, (B, 1), and of its channel units, (B, units)."""
+        pooled = self.pool(x)
+        block = None if self.block is None else _logits(self.block, pooled)
+        channel = None if self.channel is None else _logits(self.channel, pooled)
+        self.outputs = GateOutputs(block, channel)
+        return (
+            None if block is None else self.salience(block),
+            None if channel is None else self.salience(channel),
+        )
+
+    def salience(self, logits: Tensor) -> Tensor:
+        """Salience of each pre-activation; leaky in training."""
+        if self.form == "step":
+            return step(logits)
+        return relu1(logits, LEAK if self.training else 0.0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The last outputs hang on an autograd graph, which can neither be copied nor pickled.
+        return {**self.__dict__, "outputs": None}
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"of={self.of.name!r}, form={self.form!r}"
+
+
+def _identity_fc(features: int, outputs: int) -> nn.Linear:
+    fc = nn.Linear(features, outputs)
+    nn.init.zeros_(fc.weight)
+    nn.init.ones_(fc.bias)
+    return fc
+
+
+def _logits(fc: nn.Linear, pooled: Tensor) -> Tensor:
+    # Without autocast: at bf16 the many values near 0 would open and close at random.
+    device = pooled.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        return fc(pooled.to(fc.weight.dtype))
+
+
+def scale(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tensor:
+    """Multiply `value` (B, ...) by a salience (B, units); unit u covers `per_unit` entries on `axis`."""
+    if per_unit > 1:
+        salience = salience.repeat_interleave(per_unit, 1)
+    shape = [value.shape[0]] + [1] * (value.dim() - 1)
+    shape[axis] = salience.shape[1]
+    return value * salience.view(shape).to(value.dtype)
+
+
+def gates_of(gated: nn.Module) -> dict[str, Gate]:
+    """The gates of a retrofitted network by block name, in order of execution.
+
+    Raises:
+        GatefitError: the network has none.
+    """
+    found = {m.of.name: m for m in gated.modules() if isinstance(m, Gate)}
+    if not found:
+        raise GatefitError("this network has no gates; call gatefit.retrofit(model) first")
+    return found
+
+
+def outputs_of(gated: nn.Module) -> Iterator[tuple[Gate, GateOutputs]]:
+    """Each gate of `gated` with what it computed in the last forward.
+
+    Raises:
+        GatefitError: no forward has been run.
+    """
+    for name, gate in gates_of(gated).items():
+        if gate.outputs is None:
+            raise GatefitError(f"the gate of block '{name}' has not run; call the network on a batch first")
+        yield gate, gate.outputs

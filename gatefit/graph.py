@@ -1,0 +1,211 @@
+"""Trace a network into a torch.fx graph that is safe to analyse and to rewrite."""
+
+import copy
+import inspect
+import operator
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import get_notrace_functions, get_notrace_modules
+from torch import Tensor, fx, nn
+
+from gatefit.errors import ConversionError
+
+WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+"""Modules whose multiply-accumulates are counted."""
+
+_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    F.relu_: F.relu,
+    torch.relu_: F.relu,
+}
+
+
+class _Tracer(fx.Tracer):
+    """Keeps modules whose behaviour depends on train/eval, and timm's own leaves, as one node each."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self._leaves = tuple(get_notrace_modules())
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if super().is_leaf_module(m, module_qualified_name) or isinstance(m, self._leaves):
+            return True
+        return not any(isinstance(s, WEIGHTED) for s in m.modules()) and any(
+            _branches_on_training(type(s)) for s in m.modules()
+        )
+
+
+def _branches_on_training(cls: type[nn.Module]) -> bool:
+    try:
+        return "self.training" in textwrap.dedent(inspect.getsource(cls.forward))
+    except (OSError, TypeError):
+        return False
+
+
+def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
+    """Return a traced deep copy of `model`: out-of-place, without dead nodes, with all original state.
+
+    Every tensor node carries `meta["shape"]` (torch.Size, for the batch size of `example`) when an
+    example is given. The copy has the weights, buffers and train/eval mode of `model`.
+
+    Args:
+        model: any module that torch.fx can trace; untouched.
+        example: input of shape (B, C, H, W); only its shape and dtype are used.
+
+    Raises:
+        ConversionError: the network cannot be traced, or does not take the example.
+    """
+    root = copy.deepcopy(model)
+    for module in root.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
+    try:
+        graph = _Tracer().trace(root, concrete_args=_defaults(root))
+    except Exception as error:
+        raise ConversionError(
+            f"{type(model).__name__} cannot be traced by torch.fx: {_first_line(error)}"
+        ) from error
+    _drop_frozen_inputs(graph)
+    _functionalise(graph)
+    traced = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    traced.graph.eliminate_dead_code()
+    _modularise_dropout(traced)
+    _keep_unused_state(traced, root)
+    traced.recompile()
+    traced.train(model.training)
+    for name, module in root.named_modules():  # sub-modules may be frozen in eval mode one by one
+        if name and hasattr(module, "training"):
+            try:
+                traced.get_submodule(name).training = module.training
+            except AttributeError:
+                continue
+    if example is not None:
+        propagate_shapes(traced, example)
+    return traced
+
+
+def propagate_shapes(traced: fx.GraphModule, example: Tensor) -> None:
+    """Run `traced` on the meta device and note each tensor node's `meta["shape"]`."""
+    analysed = copy.deepcopy(traced).to("meta").eval()
+    try:
+        shapes = _ShapeInterpreter(analysed)
+        shapes.run(torch.empty_like(example, device="meta"))
+    except Exception as error:
+        raise ConversionError(
+            f"the network does not take an input of shape {tuple(example.shape)}: {_first_line(error)}; "
+            "pass an example of the size that it was built for"
+        ) from error
+    for node in traced.graph.nodes:
+        if node.name in shapes.found:
+            node.meta["shape"] = shapes.found[node.name]
+
+
+class _ShapeInterpreter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[str, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.found[n.name] = value.shape
+        return value
+
+
+def shape_of(node: object) -> torch.Size | None:
+    """Shape of a node's tensor value, or None where it is no tensor."""
+    return node.meta.get("shape") if isinstance(node, fx.Node) else None
+
+
+def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that a call_module node calls, else None."""
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def path_of(node: fx.Node) -> str:
+    """Qualified name of the innermost module in whose forward the node was recorded; '' at the root."""
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack))) if stack else ""
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _defaults(root: nn.Module) -> dict[str, Any]:
+    """Every argument of forward but the first is baked in with its default."""
+    parameters = list(inspect.signature(root.forward).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _drop_frozen_inputs(graph: fx.Graph) -> None:
+    """concrete_args leave their placeholders behind, with a check each; the network takes one tensor."""
+    frozen = {n for n in graph.nodes if n.op == "placeholder"}
+    frozen.discard(next(n for n in graph.nodes if n.op == "placeholder"))
+    for node in graph.nodes:
+        if any(i in frozen for i in node.all_input_nodes):
+            frozen.add(node)
+    for node in reversed(graph.nodes):
+        if node in frozen:
+            graph.erase_node(node)
+
+
+def _functionalise(graph: fx.Graph) -> None:
+    """Replace in-place operations by their plain forms; later readers of the target read the result."""
+    for node in list(graph.nodes):
+        if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
+            node.target = str(node.target)[:-1]
+        elif node.op == "call_function" and node.target in _OUT_OF_PLACE:
+            node.target = _OUT_OF_PLACE[node.target]
+        elif node.op == "call_function" and node.kwargs.get("inplace") is True:
+            node.kwargs = {**node.kwargs, "inplace": False}
+        else:
+            continue
+        target = node.args[0]
+        if isinstance(target, fx.Node):
+            later = {n for n in graph.nodes if node < n}
+            target.replace_all_uses_with(node, delete_user_cb=lambda n: n in later)  # noqa: B023
+
+
+def _modularise_dropout(traced: fx.GraphModule) -> None:
+    """F.dropout(x, p, self.training) was frozen at tracing: give it a module, which follows train()."""
+    modules = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d, F.alpha_dropout: nn.AlphaDropout}
+    for node in list(traced.graph.nodes):
+        if node.op != "call_function" or node.target not in modules:
+            continue
+        p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+        name = f"{node.name}_module"
+        traced.add_submodule(name, modules[node.target](float(p)))
+        with traced.graph.inserting_after(node):
+            replacement = traced.graph.call_module(name, (node.args[0],))
+        replacement.meta = dict(node.meta)
+        node.replace_all_uses_with(replacement)
+        traced.graph.erase_node(node)
+
+
+def _keep_unused_state(traced: fx.GraphModule, root: nn.Module) -> None:
+    """A GraphModule holds what its graph uses; keep all other state, so that the keys stay the same."""
+    held = {*dict(traced.named_parameters(remove_duplicate=False)), *dict(traced.named_buffers(remove_duplicate=False))}
+    for owner_name, owner in root.named_modules(remove_duplicate=False):
+        own = [*owner._parameters.items(), *owner._buffers.items()]
+        for name, value in own:
+            path = f"{owner_name}.{name}" if owner_name else name
+            if value is None or path in held:
+                continue
+            target: nn.Module = traced
+            for part in owner_name.split(".") if owner_name else []:
+                if not hasattr(target, part):
+                    target.add_module(part, nn.Module())
+                target = getattr(target, part)
+            if isinstance(value, nn.Parameter):
+                target.register_parameter(name, value)
+            else:
+                target.register_buffer(name, value, name not in owner._non_persistent_buffers_set)

@@ -1,0 +1,143 @@
+"""Retrofit: rewrite a traced network so that every block runs under its gates."""
+
+import operator
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from gatefit.blocks import FoundBlocks, ResidualBlock, match_blocks
+from gatefit.channels import with_channel_units
+from gatefit.errors import ConversionError, RecipeError
+from gatefit.gates import PREFIX, Gate, GateForm, scale
+from gatefit.graph import trace
+from gatefit.verify import verify
+
+GateKinds = Literal["lc", "l", "c"]
+
+
+def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
+    """Find every residual block of a network and what its gates would control.
+
+    Args:
+        model: a network that torch.fx can trace; untouched.
+        example: an input (B, C, H, W). By default of the size that the network's own
+            `pretrained_cfg` (timm) names, else (2, 3, 224, 224).
+
+    Returns:
+        FoundBlocks: `.blocks`, `.skipped` (each addition refused, with the reason), `.macs` (dense, per image).
+
+    Raises:
+        ConversionError: the network cannot be traced or does not take the example.
+    """
+    return _find(model, default_example(model) if example is None else example)[1]
+
+
+def retrofit(
+    model: nn.Module, example: Tensor | None = None, gates: GateKinds = "lc", form: GateForm = "relu1"
+) -> fx.GraphModule:
+    """Return a copy of a network with a block gate and a channel gate retrofitted on each residual block.
+
+    The copy computes the same function until the gates are trained. It keeps the original state-dict keys;
+    what is new stands under `gatefit.`. `model` stays as it is. The conversion is checked before it is returned
+    (see `gatefit.verify`); what was checked stands in `.meta["verification"]`.
+
+    Args:
+        model: the trained network; weights, mode and hooks are left untouched.
+        example: see `find_blocks`; the result takes other batch and image sizes too.
+        gates: "lc" (both), "l" (block gates alone) or "c" (channel gates alone).
+        form: form of the saliences, see `gatefit.gates.GateForm`.
+
+    Raises:
+        ConversionError: no block can be gated (the additions that were looked at are named), the network cannot
+            be traced, or the conversion failed its check.
+        RecipeError: `gates` or `form` is none of the above.
+
+    Source: arXiv 2007.15151, joint form: both gates in parallel to the block on one shared pooling.
+    """
+    if gates not in ("lc", "l", "c"):
+        raise RecipeError(f"gates must be 'lc', 'l' or 'c', not {gates!r}")
+    if form not in ("relu1", "step"):
+        raise RecipeError(f"form must be 'relu1' or 'step', not {form!r}")
+    example = default_example(model) if example is None else example
+    traced, found = _find(model, example)
+    chosen = [b for b in found.blocks if "l" in gates or b.units]
+    if not chosen:
+        raise ConversionError(no_block_message(type(model).__name__, found))
+    nodes = {node.name: node for node in traced.graph.nodes}
+    traced.add_module(PREFIX, nn.Module())
+    saliences = [_insert_gate(traced, nodes, block, gates, form) for block in chosen]
+    for block, (whole, channel) in zip(chosen, saliences, strict=True):
+        _insert_scales(traced.graph, nodes, block, whole, channel)
+    traced.graph.lint()
+    traced.recompile()
+    traced.meta["verification"] = verify(model, traced, _random_like(model, example))
+    return traced
+
+
+def no_block_message(model: str, found: FoundBlocks) -> str:
+    """One line that says why a network cannot be gated."""
+    if not found.skipped:
+        return f"{model} has no residual block to gate: there is not one addition of two tensors in it"
+    shown = "; ".join(f"{s.node}: {s.reason}" for s in found.skipped[:3])
+    more = f"; and {len(found.skipped) - 3} more" if len(found.skipped) > 3 else ""
+    return f"{model} has no residual block to gate; {len(found.skipped)} additions were refused ({shown}{more})"
+
+
+def default_example(model: nn.Module, batch: int = 2) -> Tensor:
+    """Zeros of the input size that timm notes in the network, else (batch, 3, 224, 224)."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else config.input_size
+    parameter = next(model.parameters())
+    return torch.zeros(batch, *size, dtype=parameter.dtype, device="meta")
+
+
+def _random_like(model: nn.Module, example: Tensor) -> Tensor:
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, *example.shape[1:], generator=generator)
+    return image.to(parameter.device, parameter.dtype)
+
+
+def _find(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoundBlocks]:
+    if next(model.parameters(), None) is None:
+        raise ConversionError(f"{type(model).__name__} has no parameters; pass a trained network")
+    traced = trace(model, example)
+    return traced, with_channel_units(traced, match_blocks(traced))
+
+
+def _insert_gate(
+    traced: fx.GraphModule, nodes: dict[str, fx.Node], block: ResidualBlock, gates: GateKinds, form: GateForm
+) -> tuple[fx.Node | None, fx.Node | None]:
+    """Put a block's gate right behind the block's entry; return its saliences (block, channel)."""
+    entry = nodes[block.entry]
+    parameter = next(traced.parameters())
+    gate = Gate(block, gates, form).to(parameter.device, parameter.dtype).train(traced.training)
+    name = f"{PREFIX}.{block.name.replace('.', '_')}"
+    traced.add_submodule(name, gate)
+    with traced.graph.inserting_after(entry):
+        both = traced.graph.call_module(name, (entry,))
+    with traced.graph.inserting_after(both):
+        channel = traced.graph.call_function(operator.getitem, (both, 1)) if gate.channel is not None else None
+        whole = traced.graph.call_function(operator.getitem, (both, 0)) if gate.block is not None else None
+    return whole, channel
+
+
+def _insert_scales(
+    graph: fx.Graph,
+    nodes: dict[str, fx.Node],
+    block: ResidualBlock,
+    whole: fx.Node | None,
+    channel: fx.Node | None,
+) -> None:
+    """Multiply by the saliences: the channels at their masks, the whole branch before the add."""
+    for mask in block.gated.masks if channel is not None and block.gated is not None else ():
+        masked = nodes[mask.node]
+        with graph.inserting_after(masked):
+            scaled = graph.call_function(scale, (masked, channel, mask.axis, mask.per_unit))
+        masked.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)  # noqa: B023
+    if whole is not None:
+        add, output = nodes[block.add], nodes[block.output]
+        with graph.inserting_before(add):
+            scaled = graph.call_function(scale, (output, whole, 1))
+        add.replace_input_with(output, scaled)
