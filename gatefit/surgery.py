@@ -1,6 +1,7 @@
 """Retrofit: rewrite a traced network so that every block runs under its gates."""
 
 import operator
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from gatefit.channels import with_channel_units
 from gatefit.errors import ConversionError, RecipeError
 from gatefit.gates import PREFIX, Gate, GateForm, scale
 from gatefit.graph import trace
+from gatefit.models import input_spec
 from gatefit.verify import verify
 
 GateKinds = Literal["lc", "l", "c"]
@@ -55,11 +57,18 @@ def retrofit(
 
     Source: arXiv 2007.15151, joint form: both gates in parallel to the block on one shared pooling.
     """
+    example = default_example(model) if example is None else example
+    gated = rewrite(model, example, gates, form)
+    gated.meta["verification"] = verify(model, gated, _random_like(model, example))
+    return gated
+
+
+def rewrite(model: nn.Module, example: Tensor, gates: GateKinds = "lc", form: GateForm = "relu1") -> fx.GraphModule:
+    """`retrofit` without the check: for a network whose conversion was checked before."""
     if gates not in ("lc", "l", "c"):
         raise RecipeError(f"gates must be 'lc', 'l' or 'c', not {gates!r}")
     if form not in ("relu1", "step"):
         raise RecipeError(f"form must be 'relu1' or 'step', not {form!r}")
-    example = default_example(model) if example is None else example
     traced, found = _find(model, example)
     chosen = [b for b in found.blocks if "l" in gates or b.units]
     if not chosen:
@@ -71,7 +80,8 @@ def retrofit(
         _insert_scales(traced.graph, nodes, block, whole, channel)
     traced.graph.lint()
     traced.recompile()
-    traced.meta["verification"] = verify(model, traced, _random_like(model, example))
+    traced.meta["gates"] = gates
+    traced.meta["input"] = replace(input_spec(model), shape=tuple(example.shape[1:]))
     return traced
 
 
@@ -85,11 +95,8 @@ def no_block_message(model: str, found: FoundBlocks) -> str:
 
 
 def default_example(model: nn.Module, batch: int = 2) -> Tensor:
-    """Zeros of the input size that timm notes in the network, else (batch, 3, 224, 224)."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    size = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else config.input_size
-    parameter = next(model.parameters())
-    return torch.zeros(batch, *size, dtype=parameter.dtype, device="meta")
+    """An example without data, (batch, *input size of the network), see `gatefit.models.input_spec`."""
+    return torch.zeros(batch, *input_spec(model).shape, device="meta")
 
 
 def _random_like(model: nn.Module, example: Tensor) -> Tensor:

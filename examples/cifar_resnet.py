@@ -1,0 +1,58 @@
+"""The CIFAR ResNets of He et al. (arXiv 1512.03385, section 4.2), with parameter-free (option A) shortcuts.
+
+gatefit convert examples/cifar_resnet.py:resnet20 --weights resnet20.safetensors --data cifar10 --target 0.7
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.padding = stride, (outputs - inputs) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.stride > 1 or self.padding:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    def __init__(self, blocks: int, classes: int = 10, widths: tuple[int, int, int] = (16, 32, 64)) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.layer1 = self._layer(widths[0], widths[0], blocks, 1)
+        self.layer2 = self._layer(widths[0], widths[1], blocks, 2)
+        self.layer3 = self._layer(widths[1], widths[2], blocks, 2)
+        self.linear = nn.Linear(widths[2], classes)
+        self.pretrained_cfg = {"input_size": (3, 32, 32)}
+
+    @staticmethod
+    def _layer(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(inputs, outputs, stride)
+        return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def resnet8() -> CifarResNet:
+    return CifarResNet(1)
+
+
+def resnet20() -> CifarResNet:
+    return CifarResNet(3)
+
+
+def resnet56() -> CifarResNet:
+    return CifarResNet(9)

@@ -1,0 +1,158 @@
+"""Accuracy, agreement with the original, and what each image really runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.data import DataLoader
+
+from gatefit.cost import Opens, costs_of, macs_per_image, opens_of
+from gatefit.data import ImageSet, Splits, as_images, normalise
+from gatefit.errors import DataError
+
+BATCH = 250
+
+
+@dataclass(frozen=True)
+class GateUse:
+    """How one block's gates behaved over a set of images."""
+
+    name: str
+    units: int
+    block_open: float
+    """Share of images that ran the block."""
+    channel_open: float
+    """Mean share of open channel units, among the images that ran the block."""
+    distinct: int
+    """Number of different (block, channels) masks."""
+    always: int
+    """Units that every image opened."""
+    never: int
+    """Units that no image opened."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of a gated network over a set of images; MACs are means per image, gates included."""
+
+    images: int
+    accuracy: float | None
+    """Share classified right; None without labels that fit."""
+    agreement: float | None
+    """Share on which the top class is the original's; None without the original."""
+    dense_accuracy: float | None
+    dense_macs: int
+    macs_sequential: float
+    macs_parallel: float
+    macs: Tensor
+    """Sequential MACs of each image, (N,) float64."""
+    paths: int
+    """Number of different paths (all masks together) that the images took."""
+    gates: tuple[GateUse, ...]
+
+    @property
+    def share(self) -> float:
+        """Share of the dense MACs that ran (sequential)."""
+        return self.macs_sequential / self.dense_macs
+
+
+@torch.no_grad()
+def evaluate(
+    gated: fx.GraphModule,
+    data: "Splits | ImageSet | str | Path | tuple[Tensor, Tensor]",
+    teacher: nn.Module | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Run a gated network in eval mode over the test images of `data`.
+
+    Args:
+        gated: from `retrofit`, `finetune` or `load`; its mode is put back.
+        data: see `gatefit.data.as_images`.
+        teacher: the original network, for agreement and the dense accuracy.
+        report: called with (images done, images in all).
+
+    Raises:
+        DataError: there are no images.
+    """
+    spec = gated.meta["input"]
+    images = as_images(data, spec).test  # type: ignore[arg-type]
+    if not len(images):
+        raise DataError("there are no images to evaluate on")
+    device = next(gated.parameters()).device
+    costs = costs_of(gated, spec.shape)
+    training = gated.training
+    gated.eval()
+    teacher = teacher.to(device).eval() if teacher is not None else None
+    right = same = dense_right = 0
+    sequential, parallel = [], []
+    opens: dict[str, list[Opens]] = {c.name: [] for c in costs.blocks}
+    indices = torch.arange(len(images)).split(BATCH)
+    loader = DataLoader(
+        images,
+        batch_sampler=[i.tolist() for i in indices],  # type: ignore[arg-type]
+        collate_fn=lambda b: b,
+        num_workers=0 if images.resident is not None else 2,
+    )
+    done = 0
+    for batch, labels, _ in loader:
+        x = batch.to(device)
+        x = normalise(x, spec) if batch.dtype == torch.uint8 else x
+        answer = gated(x).argmax(1).cpu()
+        right += int((answer == labels).sum())
+        if teacher is not None:
+            wanted = teacher(x).argmax(1).cpu()
+            same += int((answer == wanted).sum())
+            dense_right += int((wanted == labels).sum())
+        opened = opens_of(gated)
+        sequential.append(macs_per_image(costs, opened).cpu())
+        parallel.append(macs_per_image(costs, opened, "parallel").cpu())
+        for name, o in opened.items():
+            opens[name].append(o)
+        done += len(labels)
+        if report is not None:
+            report(done, len(images))
+    gated.train(training)
+    masks = {name: _masks(parts) for name, parts in opens.items()}
+    macs = torch.cat(sequential)
+    labelled = images.labels is not None
+    return Evaluation(
+        images=len(images),
+        accuracy=right / len(images) if labelled else None,
+        agreement=same / len(images) if teacher is not None else None,
+        dense_accuracy=dense_right / len(images) if labelled and teacher is not None else None,
+        dense_macs=costs.dense,
+        macs_sequential=float(macs.mean()),
+        macs_parallel=float(torch.cat(parallel).mean()),
+        macs=macs,
+        paths=len(torch.unique(torch.cat(list(masks.values()), 1), dim=0)),
+        gates=tuple(_use(name, masks[name], opens[name]) for name in masks),
+    )
+
+
+def _masks(parts: list[Opens]) -> Tensor:
+    """(N, 1 + units) bool: whether the block ran, and which of its units."""
+    rows = []
+    for part in parts:
+        some = part.block if part.block is not None else part.channel
+        assert some is not None
+        block = part.block[:, None] if part.block is not None else torch.ones_like(some[:, :1])
+        channel = part.channel & block if part.channel is not None else block[:, :0]
+        rows.append(torch.cat([block, channel], 1).cpu())
+    return torch.cat(rows)
+
+
+def _use(name: str, masks: Tensor, parts: list[Opens]) -> GateUse:
+    ran, channels = masks[:, 0], masks[:, 1:]
+    units = channels.shape[1]
+    among = channels[ran]
+    return GateUse(
+        name=name,
+        units=units,
+        block_open=float(ran.double().mean()),
+        channel_open=float(among.double().mean()) if among.numel() else (1.0 if not units else 0.0),
+        distinct=len(torch.unique(masks, dim=0)),
+        always=int(channels.all(0).sum()),
+        never=int((~channels.any(0)).sum()),
+    )

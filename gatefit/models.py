@@ -1,0 +1,187 @@
+"""Networks by name: timm, torchvision, or a function in the user's own file; and weights for them."""
+
+import difflib
+import importlib.util
+import inspect
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from gatefit.errors import ModelError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """How to build a network again: source ("timm", "torchvision" or "file"), name and keyword arguments."""
+
+    source: str
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name if self.source == "file" else f"{self.source}/{self.name}"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a network takes: image shape (C, H, W), and the normalisation and crop that it was trained with."""
+
+    shape: tuple[int, int, int]
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    crop: float = 0.875
+    """Share of the resized image's side that the centre crop keeps."""
+    interpolation: str = "bicubic"
+
+
+def parse_reference(text: str, base: Path | None = None) -> ModelReference:
+    """Read "NAME", "timm/NAME", "torchvision/NAME" or "file.py:function" (relative to `base`).
+
+    Raises:
+        ModelError: no such model, with the nearest names; or no such file.
+    """
+    if ".py:" in text:
+        path, function = text.rsplit(":", 1)
+        file = Path(path) if base is None or Path(path).is_absolute() else base / path
+        if not file.is_file():
+            raise ModelError(f"no file '{file}' for the model '{text}'")
+        return ModelReference("file", f"{file}:{function}")
+    source, _, name = text.rpartition("/")
+    if source == "torchvision" or (not source and not timm.is_model(name) and name in _torchvision_names()):
+        if name in _torchvision_names():
+            return ModelReference("torchvision", name)
+    elif source in ("", "timm") and timm.is_model(name):
+        return ModelReference("timm", name)
+    known = {"timm": timm.list_models(), "torchvision": _torchvision_names()}
+    names = known.get(source) or [*known["timm"], *known["torchvision"]]
+    near = list(dict.fromkeys(difflib.get_close_matches(name, names, n=3, cutoff=0.5)))
+    hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models() and torchvision.models"
+    raise ModelError(f"no model '{text}' in {source or 'timm or torchvision'}{hint}")
+
+
+def build(reference: ModelReference, pretrained: bool = False) -> nn.Module:
+    """Build the network of a reference, in eval mode.
+
+    Raises:
+        ModelError: it cannot be built, or its weights cannot be fetched.
+    """
+    if reference.source == "file":
+        if pretrained:
+            raise ModelError(f"--pretrained is for timm and torchvision names; pass --weights FILE for {reference}")
+        return _from_file(reference).eval()
+    try:
+        if reference.source == "timm":
+            model = timm.create_model(reference.name, pretrained=pretrained, **reference.arguments)
+        else:
+            weights = "DEFAULT" if pretrained else None
+            model = torchvision.models.get_model(reference.name, weights=weights, **reference.arguments)
+    except Exception as error:
+        if pretrained:
+            raise ModelError(
+                f"the pretrained weights of {reference} could not be fetched ({_short(error)}); "
+                "check the network, or pass --weights FILE"
+            ) from error
+        raise ModelError(f"{reference} cannot be built: {_short(error)}") from error
+    return model.eval()
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load a .safetensors file, or a torch checkpoint of plain tensors, into a network.
+
+    Raises:
+        ModelError: the file is missing, unreadable, or its keys or shapes do not fit (which are named).
+    """
+    state = read_weights(file)
+    own = model.state_dict()
+    wanted = {k for k in own if not k.endswith("num_batches_tracked")}
+    wrong = [
+        f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    missing = sorted(wanted - set(state))
+    unknown = sorted(set(state) - set(own))
+    for what, keys in (("do not fit in shape", wrong), ("are missing", missing), ("are unknown", unknown)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ModelError(f"{file}: these keys {what}: {', '.join(keys[:3])}{more}; is it for another model?")
+    model.load_state_dict(state, strict=False)
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Tensors of a weight file by key; torch files are read with weights_only."""
+    if not file.is_file():
+        raise ModelError(f"no weight file '{file}'")
+    try:
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ModelError(f"{file} cannot be read as weights: {_short(error)}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ModelError(f"{file} holds no state dict")
+    return {k.removeprefix("module."): v for k, v in state.items()}
+
+
+def input_spec(model: nn.Module, image_size: int | None = None) -> InputSpec:
+    """Input of a network: from its `pretrained_cfg` (timm's convention, open to own networks), else ImageNet's."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    shape = tuple(config.get("input_size", (3, 224, 224)))
+    if image_size is not None:
+        shape = (shape[0], image_size, image_size)
+    if shape[0] != 3:
+        raise ModelError(f"the network takes {shape[0]} channels; gatefit reads RGB images")
+    return InputSpec(
+        shape=shape,
+        mean=tuple(config.get("mean", IMAGENET_MEAN)),
+        std=tuple(config.get("std", IMAGENET_STD)),
+        crop=float(config.get("crop_pct") or 0.875),
+        interpolation=str(config.get("interpolation") or "bicubic"),
+    )
+
+
+def _torchvision_names() -> list[str]:
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _from_file(reference: ModelReference) -> nn.Module:
+    path, function = reference.name.rsplit(":", 1)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise ModelError(f"no file '{path}' for the model '{reference}'")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ModelError(f"{path} cannot be imported: {_short(error)}") from error
+    builder = getattr(module, function, None)
+    if not callable(builder):
+        names = [n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == spec.name]
+        near = difflib.get_close_matches(function, names, n=3, cutoff=0.4) or names[:3]
+        raise ModelError(f"{path} has no function '{function}'; did you mean {', '.join(near) or 'another file'}?")
+    try:
+        model = builder(**reference.arguments)
+    except Exception as error:
+        raise ModelError(f"{reference} cannot be built: {_short(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{reference} returned {type(model).__name__}, not a torch module")
+    return model
+
+
+def _short(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]

@@ -1,0 +1,208 @@
+"""Recipes: everything that a conversion depends on, as frozen dataclasses read from TOML."""
+
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from gatefit.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """[model]: the network and where its weights come from."""
+
+    name: str = ""
+    """timm or torchvision name, "timm/NAME", "torchvision/NAME" or "file.py:function"."""
+    pretrained: bool = False
+    weights: str = ""
+    """A .safetensors or torch state-dict file."""
+    image_size: int = 0
+    """Side of the square input; 0: the network's own."""
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """[data]: the images."""
+
+    name: str = ""
+    """Image folder, tar, "digits", or a name that timm's create_dataset takes. Empty: Imagenette."""
+    corrupt: Literal["refuse", "skip"] = "refuse"
+    """What to do with an image that cannot be read."""
+    limit: int = 0
+    """Use only the first images of each split, after a seeded shuffle; 0: all."""
+
+
+@dataclass(frozen=True)
+class GatesPart:
+    """[gates]: what is retrofitted and how it begins."""
+
+    kinds: Literal["lc", "l", "c"] = "c"
+    form: Literal["relu1", "step"] = "step"
+    """"relu1": the paper's ReLU-1. "step": 0/1 gates, trained straight-through."""
+    start: Literal["data", "identity"] = "data"
+    """"data": least squares on what each unit does for the loss. "identity": weight 0, bias 1."""
+
+
+@dataclass(frozen=True)
+class BaselinePart:
+    """[baseline]: training of the dense network before it is converted; 0 epochs: none."""
+
+    epochs: int = 0
+    batch_size: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 0, "baseline.epochs must be 0 or more")
+        _check(self.batch_size > 0, "baseline.batch_size must be positive")
+        _check(self.lr > 0, "baseline.lr must be positive")
+
+
+@dataclass(frozen=True)
+class FinetunePart:
+    """[finetune]: the training that closes gates."""
+
+    epochs: int = 8
+    batch_size: int = 128
+    """Global: over all processes and accumulation steps."""
+    accumulate: int = 1
+    """Optimiser steps are taken every `accumulate` forward passes; each sees batch_size / accumulate images."""
+    lr: float = 0.02
+    """Peak learning rate of the backbone; a cosine to zero after a short warm-up."""
+    gate_lr: float = 0.01
+    """Peak learning rate of the gates, which have no weight decay."""
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    l1: float | None = None
+    """L1 coefficient on the saliences of an image; the paper's knob."""
+    target: float | None = None
+    """Share of the original's MACs to end at (sequential placement, gates included)."""
+    penalty: Literal["macs", "plain"] = "macs"
+    """"macs": each salience weighs as its unit's MACs (mean weight 1). "plain": all alike, as in the paper."""
+    ramp: float = 0.3
+    """Part of the training in which target or price go from open to their final value."""
+    distillation: float = 0.9
+    """Weight of distillation from the original network; the labels have the rest. 1 without labels."""
+    temperature: float = 4.0
+    augment: bool = True
+    """Random crop (padding 1/8) and horizontal flip."""
+    flip: bool = True
+    keep: float = 0.1
+    """Guard against collapse: at least this share of a block's units stays open on average."""
+    recalibrate: int = 10000
+    """Training images for the final BN statistics with the hard gates; 0: leave them as trained."""
+    precision: Literal["no", "fp16", "bf16"] = "no"
+
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 0, "finetune.epochs must be 0 or more")
+        _check(self.batch_size > 0, "finetune.batch_size must be positive")
+        _check(self.accumulate > 0, "finetune.accumulate must be positive")
+        _check(self.lr > 0 and self.gate_lr >= 0, "finetune.lr must be positive and finetune.gate_lr not negative")
+        _check(self.l1 is None or self.l1 >= 0, f"l1 must be 0 or more, not {self.l1}")
+        _check(self.target is None or 0 < self.target < 1, f"target must lie between 0 and 1, not {self.target}")
+        _check(self.l1 is None or self.target is None, "give l1 or target, not both: each sets how much is closed")
+        _check(0 <= self.distillation <= 1, "finetune.distillation must lie in [0, 1]")
+        _check(0 <= self.ramp <= 1, "finetune.ramp must lie in [0, 1]")
+        _check(0 <= self.keep < 1, "finetune.keep must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole conversion."""
+
+    seed: int = 0
+    model: ModelPart = field(default_factory=ModelPart)
+    data: DataPart = field(default_factory=DataPart)
+    gates: GatesPart = field(default_factory=GatesPart)
+    baseline: BaselinePart = field(default_factory=BaselinePart)
+    finetune: FinetunePart = field(default_factory=FinetunePart)
+
+
+def read_recipe(file: Path) -> Recipe:
+    """Read a recipe; paths in it that start with "./" or "../" are relative to it.
+
+    Raises:
+        RecipeError: no such file, not TOML, an unknown key (nearest offered), a wrong type or value.
+    """
+    try:
+        table = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise RecipeError(f"the recipe '{file}' cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{file} is not valid TOML: {error}") from error
+    recipe: Recipe = _from_table(Recipe, table, "")
+    return replace(
+        recipe,
+        model=replace(recipe.model, name=_anchor(recipe.model.name, file), weights=_anchor(recipe.model.weights, file)),
+        data=replace(recipe.data, name=_anchor(recipe.data.name, file)),
+    )
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """The complete recipe as TOML; keys that are not set (l1 or target) are left out."""
+    lines = [f"seed = {recipe.seed}"]
+    for part in fields(recipe):
+        value = getattr(recipe, part.name)
+        if is_dataclass(value):
+            lines += ["", f"[{part.name}]"]
+            for key in fields(value):
+                setting = getattr(value, key.name)
+                if setting is not None:
+                    lines.append(f"{key.name} = {_literal(setting)}")
+    return "\n".join(lines) + "\n"
+
+
+def _anchor(path: str, file: Path) -> str:
+    return str(file.parent / path) if path.startswith(("./", "../")) else path
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return repr(value)
+
+
+def _from_table(cls: Any, table: dict[str, Any], where: str) -> Any:
+    known = {f.name for f in fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in table.items():
+        path = f"{where}.{key}" if where else key
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(known))}"
+            raise RecipeError(f"unknown recipe key '{path}'; {hint}")
+        if is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise RecipeError(f"recipe key '{path}' must be a table, [{path}]")
+            values[key] = _from_table(hints[key], value, path)
+        else:
+            values[key] = _typed(hints[key], value, path)
+    return cls(**values)
+
+
+def _typed(hint: Any, value: Any, path: str) -> Any:
+    if typing.get_origin(hint) is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            raise RecipeError(f"recipe key '{path}' must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+        return value
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) not in options:
+        names = " or ".join(t.__name__ for t in options if t is not type(None))
+        raise RecipeError(f"recipe key '{path}' must be {names}, not {value!r}")
+    return value
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise RecipeError(message)

@@ -1,0 +1,121 @@
+"""A start for the gates from data: predict from the pooled input what each unit does for the loss.
+
+For each unit u the salience's pre-activation becomes k * (score_u(x) - threshold), where score_u(x) is the
+least-squares prediction, from the pooled input, of (activation of u on x) * w_u / sqrt(cost_u), and w_u scales
+activations to the Fisher information of the salience, E[(dL/dS_u)^2]. So score^2 / 2 is the expected rise of
+the loss when u is closed (optimal brain damage), per MAC, and one threshold serves the whole network.
+"""
+
+import torch
+from torch import Tensor, fx, nn
+
+from gatefit.data import ImageSet, normalise
+from gatefit.gates import Gate, gates_of, scale
+from gatefit.penalty import unit_weights
+
+RIDGE = 1e-3
+SPREAD = 4.0
+"""Standard deviation of the pre-activations: 1 is the width of the window in which gates learn."""
+
+
+class _Probe(fx.Interpreter):
+    """Runs a gated network with saliences of 1 that record gradients, and notes what they multiply."""
+
+    def __init__(self, gated: fx.GraphModule) -> None:
+        super().__init__(gated)
+        self.saliences: dict[str, list[Tensor | None]] = {}
+        self.activations: dict[str, list[Tensor | None]] = {}
+        self.pooled: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        if n.op == "call_module" and isinstance(gate := self.fetch_attr(str(n.target)), Gate):
+            return self._probe(gate, self.fetch_args_kwargs_from_env(n)[0][0])
+        if n.op == "call_function" and n.target is scale:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            source = n.args[1]
+            assert isinstance(source, fx.Node) and isinstance(source.args[0], fx.Node)
+            gate = self.fetch_attr(str(source.args[0].target))
+            self.activations[gate.of.name][int(source.args[1])] = _mean_size(*args)  # type: ignore[call-overload]
+        return super().run_node(n)
+
+    def _probe(self, gate: Gate, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        name = gate.of.name
+        self.pooled[name] = gate.pool(x).detach()
+        ones = [
+            None if fc is None else torch.ones(x.shape[0], fc.out_features, device=x.device, requires_grad=True)
+            for fc in (gate.block, gate.channel)
+        ]
+        self.saliences[name] = ones
+        self.activations[name] = [None, None]
+        return ones[0], ones[1]
+
+
+def _mean_size(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tensor:
+    """Mean |value| of each image and unit: (B, units)."""
+    size = value.detach().abs()
+    if salience.shape[1] == 1 and value.shape[axis] != per_unit:
+        return size.flatten(1).mean(1, keepdim=True)
+    size = size.movedim(axis, 1).flatten(2) if size.dim() > 2 else size.unsqueeze(2)
+    return size.mean(2).unflatten(1, (-1, per_unit)).mean(2)
+
+
+def start_from_data(gated: fx.GraphModule, images: ImageSet, count: int = 8000, batch: int = 100, seed: int = 0) -> float:
+    """Set the gates' weights from `count` images, no labels needed; all gates stay open (threshold 0).
+
+    Labels are drawn from the network's own predictions, so that the Fisher information is the true one.
+
+    Returns:
+        k, the factor between scores and pre-activations.
+    """
+    device = next(gated.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(images), generator=generator)[:count]
+    was_training = gated.training
+    gated.eval()
+    rows: dict[str, list[tuple[Tensor, list[Tensor | None], list[Tensor | None]]]] = {n: [] for n in gates_of(gated)}
+    for indices in chosen.split(batch):
+        probe = _Probe(gated)
+        pixels = images.__getitems__(indices.tolist())[0].to(device)
+        x = normalise(pixels, gated.meta["input"]) if pixels.dtype == torch.uint8 else pixels
+        logits = probe.run(x)
+        labels = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(device)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        flat = [s for both in probe.saliences.values() for s in both if s is not None]
+        slopes = iter(torch.autograd.grad(loss, flat))
+        for name, both in probe.saliences.items():
+            rows[name].append(
+                (probe.pooled[name], probe.activations[name], [None if s is None else next(slopes) for s in both])
+            )
+    fits: list[tuple[nn.Linear, Tensor, Tensor]] = []
+    spread: list[Tensor] = []
+    weights = unit_weights(gated)
+    for name, gate in gates_of(gated).items():
+        pooled = torch.cat([r[0] for r in rows[name]]).double()
+        for kind, fc in enumerate((gate.block, gate.channel)):
+            if fc is None:
+                continue
+            activation = torch.cat([r[1][kind] for r in rows[name]]).double()  # type: ignore[misc]
+            slope = torch.cat([r[2][kind] for r in rows[name]]).double()  # type: ignore[misc]
+            fisher = (slope.square().mean(0) / activation.square().mean(0).clamp_min(1e-12)).sqrt()
+            wanted = activation * fisher / weights[name][kind] ** 0.5
+            weight, bias = _ridge(pooled, wanted)
+            fits.append((fc, weight, bias))
+            if kind == 1 or gate.channel is None:
+                spread.append((pooled @ weight.T + bias).flatten())
+    k = SPREAD / float(torch.cat(spread).std().clamp_min(1e-12))
+    with torch.no_grad():
+        for fc, weight, bias in fits:
+            fc.weight.copy_(k * weight)
+            fc.bias.copy_(k * bias)
+    gated.train(was_training)
+    return k
+
+
+def _ridge(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares with a small ridge: weight (units, features) and bias (units,)."""
+    middle, goal = inputs.mean(0), wanted.mean(0)
+    centred = inputs - middle
+    gram = centred.T @ centred
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean() + 1e-12)
+    weight = torch.linalg.solve(gram, centred.T @ (wanted - goal)).T
+    return weight, goal - weight @ middle
