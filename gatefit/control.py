@@ -46,7 +46,7 @@ def threshold_for(gated: nn.Module, costs: Costs, target: float, keep: float = 0
         }
         return float(macs_per_image(costs, opens).mean()) / costs.dense
 
-    every = [x for o in outputs.values() for x in (o.block, o.channel) if x is not None]
+    every = [x.detach() for o in outputs.values() for x in (o.block, o.channel) if x is not None]
     low = min(float(x.min()) for x in every) - 1
     high = max(float(x.max()) for x in every) + 1
     for _ in range(STEPS):

@@ -142,7 +142,9 @@ def hold_out(images: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSe
 
 
 def normalise(images: Tensor, spec: InputSpec) -> Tensor:
-    """uint8 images (B, 3, H, W) as the float32 that the network was trained on."""
+    """uint8 images (B, 3, H, W) as the float32 that the network was trained on; floats are taken as they are."""
+    if images.dtype != torch.uint8:
+        return images
     mean = torch.tensor(spec.mean, device=images.device).view(1, 3, 1, 1) * 255
     std = torch.tensor(spec.std, device=images.device).view(1, 3, 1, 1) * 255
     return (images.float() - mean) / std

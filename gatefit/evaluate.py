@@ -97,8 +97,7 @@ def evaluate(
     )
     done = 0
     for batch, labels, _ in loader:
-        x = batch.to(device)
-        x = normalise(x, spec) if batch.dtype == torch.uint8 else x
+        x = normalise(batch.to(device), spec)
         answer = gated(x).argmax(1).cpu()
         right += int((answer == labels).sum())
         if teacher is not None:

@@ -76,8 +76,7 @@ def start_from_data(gated: fx.GraphModule, images: ImageSet, count: int = 8000, 
     for indices in chosen.split(batch):
         probe = _Probe(gated)
         pixels = images.__getitems__(indices.tolist())[0].to(device)
-        x = normalise(pixels, gated.meta["input"]) if pixels.dtype == torch.uint8 else pixels
-        logits = probe.run(x)
+        logits = probe.run(normalise(pixels, gated.meta["input"]))
         labels = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(device)
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         flat = [s for both in probe.saliences.values() for s in both if s is not None]

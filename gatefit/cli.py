@@ -1,0 +1,200 @@
+"""The command line: parses, calls, shows."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from gatefit.errors import GatefitError
+
+app = typer.Typer(
+    help="Turn a trained network into one that runs only the blocks and channels each image needs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Gates(str, Enum):
+    """Which gates to retrofit."""
+
+    lc = "lc"
+    l = "l"  # noqa: E741
+    c = "c"
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="timm or torchvision name, or file.py:function.")] = "",
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Fetch the weights through timm.")] = False,
+    weights: Annotated[str, typer.Option(help="A .safetensors or torch state-dict file.")] = "",
+    data: Annotated[str, typer.Option(help="Image folder, tar, 'digits' or a name timm knows.")] = "",
+    l1: Annotated[float | None, typer.Option(help="L1 coefficient on the saliences.")] = None,
+    target: Annotated[float | None, typer.Option(help="Share of the MACs to end at.")] = None,
+    gates: Annotated[Gates | None, typer.Option(help="Block gates (l), channel gates (c), or both.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of the fine-tune.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A TOML recipe; options override it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder; default runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a broken run in --out.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: what there is.")] = "",
+    seed: Annotated[int | None, typer.Option(help="Seed of all randomness.")] = None,
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Skip unreadable images.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Convert a trained network into one that skips blocks and channels image by image."""
+    with _user_errors():
+        _choose_device(device)
+        from gatefit.convert import convert as run
+        from gatefit.display import TrainingBar, show_report
+        from gatefit.errors import RecipeError
+        from gatefit.recipe import Recipe, read_recipe
+
+        if l1 is not None and target is not None:
+            raise RecipeError("give --l1 or --target, not both: each sets how much is closed")
+        whole = read_recipe(recipe) if recipe else Recipe()
+        name = (recipe.stem if recipe else model.replace("/", "-").replace(".py:", "-")) or "model"
+        whole = replace(
+            whole,
+            seed=whole.seed if seed is None else seed,
+            model=_override(
+                whole.model, name=model or None, pretrained=pretrained or None, weights=weights or None
+            ),
+            data=_override(whole.data, name=data or None, corrupt="skip" if skip_corrupt else None),
+            gates=_override(whole.gates, kinds=gates.value if gates else None),
+            finetune=_override(
+                whole.finetune if l1 is None and target is None else replace(whole.finetune, l1=None, target=None),
+                epochs=epochs, l1=l1, target=target,
+            ),  # fmt: skip
+        )
+        folder = out or Path("runs") / name
+        messages = Console(stderr=True, quiet=not _is_main())
+        with TrainingBar(messages) as bar:
+            done = run(whole, folder, resume=resume, say=messages.print, report=bar)
+        if not _is_main():
+            return
+        if as_json:
+            typer.echo(json.dumps(done.report, indent=2))
+        else:
+            console = Console()
+            show_report(console, done.report)
+            console.print(f"written: {folder}", soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="timm or torchvision name, or file.py:function.")],
+    image_size: Annotated[int, typer.Option(help="Side of the input; 0: the network's own.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show every residual block of a network, what its gates would control, and what was refused."""
+    with _user_errors():
+        import torch
+
+        from gatefit.display import show_blocks
+        from gatefit.models import build, input_spec, parse_reference
+        from gatefit.surgery import find_blocks, no_block_message
+
+        network = build(parse_reference(model))
+        shape = input_spec(network, image_size or None).shape
+        found = find_blocks(network, torch.zeros(2, *shape))
+        if as_json:
+            typer.echo(json.dumps({"model": model, **_plain(found)}, indent=2))
+        else:
+            show_blocks(Console(), model, found)
+        if not found.blocks:
+            from gatefit.errors import ConversionError
+
+            raise ConversionError(no_block_message(model, found))
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A folder that gatefit convert wrote.")],
+    data: Annotated[str, typer.Option(help="Other images; default: those of the conversion.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: what there is.")] = "",
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Skip unreadable images.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Accuracy, agreement with the original, MACs per image and open gates of a converted network."""
+    with _user_errors():
+        _choose_device(device)
+        from gatefit.convert import evaluate_folder
+        from gatefit.display import show_report
+
+        _, report = evaluate_folder(folder, data, "skip" if skip_corrupt else "refuse")
+        if as_json:
+            typer.echo(json.dumps(report, indent=2))
+        else:
+            show_report(Console(), report)
+
+
+def main() -> None:
+    """Entry point of the `gatefit` command."""
+    app()
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """One line and exit 1 for what a user can mend; 130 for Ctrl-C."""
+    try:
+        yield
+    except GatefitError as error:
+        typer.echo(f"gatefit: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("gatefit: interrupted; the same command with --resume goes on from the last checkpoint", err=True)
+        raise typer.Exit(130) from None
+
+
+def _choose_device(device: str) -> None:
+    """accelerate reads the choice of device from the environment, before its first use."""
+    if not device:
+        return
+    if device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    elif device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise GatefitError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
+        if ":" in device:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    else:
+        raise GatefitError(f"--device must be cpu or cuda, not '{device}'")
+
+
+def _override(part: Any, **values: Any) -> Any:
+    return replace(part, **{k: v for k, v in values.items() if v is not None})
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _plain(found: Any) -> dict[str, Any]:
+    blocks = [
+        {
+            "name": b.name,
+            "macs": b.macs,
+            "channels": b.channels,
+            "units": b.units,
+            "target": b.gated.target if b.gated else None,
+            "no_channel_gate": b.no_channel_gate,
+            "layers": [asdict(layer) for layer in b.layers],
+        }
+        for b in found.blocks
+    ]
+    return {"macs": found.macs, "blocks": blocks, "skipped": [asdict(s) for s in found.skipped]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

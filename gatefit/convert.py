@@ -1,0 +1,310 @@
+"""The main job, from a recipe to an output folder."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import fx, nn
+
+from gatefit.data import ImageSet, Splits, read_data
+from gatefit.errors import CheckpointError, DataError, ModelError, RecipeError
+from gatefit.evaluate import Evaluation, evaluate
+from gatefit.files import read_json, read_tensors, remove_tree, write_atomically, write_json, write_tensors
+from gatefit.finetune import finetune, train_dense
+from gatefit.models import InputSpec, ModelReference, build, input_spec, load_weights, parse_reference, read_weights
+from gatefit.recipe import FinetunePart, Recipe, read_recipe, write_recipe
+from gatefit.store import load, read_config, save
+from gatefit.surgery import retrofit
+from gatefit.training import Epoch, Progress, Report
+
+ORIGINAL = "original.safetensors"
+REPORT = "report.json"
+RECIPE = "recipe.toml"
+_CHECKPOINTS = {"baseline": "checkpoint-baseline.safetensors", "fine-tune": "checkpoint.safetensors"}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did."""
+
+    gated: fx.GraphModule
+    evaluation: Evaluation
+    report: dict[str, Any]
+    """The content of report.json."""
+
+
+def convert(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+    report: Report = lambda _: None,
+) -> Conversion:
+    """Build, train where the recipe has a baseline, retrofit, fine-tune, evaluate, and write `out`.
+
+    Args:
+        recipe: everything that the result depends on.
+        out: folder to write; must be new, or one that is resumed.
+        resume: go on with a broken run of the same recipe.
+        say: called with one line at each stage.
+        report: called after each training step.
+
+    Raises:
+        GatefitError: whatever the user can mend; nothing half-written is left behind, except the checkpoint
+            of a training that was broken off, which `resume` takes up.
+    """
+    main = PartialState().is_main_process
+    _check_out(recipe, out, resume)
+    if recipe.finetune.l1 is None and recipe.finetune.target is None:
+        raise RecipeError("give --l1 X or --target SHARE: without either no gate would close")
+    reference, model, data, trained = _prepare(recipe, say)
+    spec = input_spec(model, recipe.model.image_size or None)
+    data, fitting = _fit_labels(model, data, spec, trained, say)
+    example = torch.zeros(2, *spec.shape)
+    fresh = not out.exists()
+    try:
+        if main:
+            write_atomically(out / RECIPE, lambda file: file.write_text(write_recipe(recipe)))
+        if recipe.baseline.epochs:
+            _train_baseline(recipe, model, data, spec, out, resume, say, report)
+            trained = True
+        gated = retrofit(model, example, recipe.gates.kinds, recipe.gates.form)
+        gated.meta["input"], gated.meta["reference"] = spec, reference
+        checked = gated.meta["verification"]
+        say(
+            f"converted: {checked.outputs} outputs equal the original's to the bit; {checked.closed_units} closed "
+            f"units and {checked.closed_blocks} closed blocks overwritten with noise without changing one"
+        )
+        history = finetune(
+            gated,
+            data,
+            model if trained else None,
+            settings=recipe.finetune,
+            start=recipe.gates.start,
+            seed=recipe.seed,
+            report=report,
+            checkpoint=out / _CHECKPOINTS["fine-tune"],
+            resume=resume,
+        )
+        say(f"evaluating on {len(data.test)} images")
+        evaluation = evaluate(gated, data, model)
+        summary = summarise(recipe, reference, evaluation, history, fitting)
+        if main:
+            _write(out, gated, model, recipe, summary)
+    except BaseException as error:
+        resumable = isinstance(error, KeyboardInterrupt) and any((out / c).exists() for c in _CHECKPOINTS.values())
+        if fresh and main and not resumable:
+            remove_tree(out)
+        raise
+    return Conversion(gated, evaluation, summary)
+
+
+def summarise(
+    recipe: Recipe, reference: ModelReference, evaluation: Evaluation, history: list[Epoch], labelled: bool
+) -> dict[str, Any]:
+    """The content of report.json: figures of `evaluation`, MACs as means per image."""
+    return {
+        "model": str(reference),
+        "data": recipe.data.name or "imagenette",
+        "seed": recipe.seed,
+        "labels": labelled,
+        **figures(evaluation),
+        "history": [asdict(e) for e in history],
+    }
+
+
+def figures(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as plain JSON values."""
+    macs = evaluation.macs
+    return {
+        "images": evaluation.images,
+        "dense": {"accuracy": evaluation.dense_accuracy, "macs": evaluation.dense_macs},
+        "gated": {
+            "accuracy": evaluation.accuracy,
+            "agreement": evaluation.agreement,
+            "macs_sequential": evaluation.macs_sequential,
+            "macs_parallel": evaluation.macs_parallel,
+            "share": evaluation.share,
+            "macs_std": float(macs.std(correction=0)),
+            "macs_min": float(macs.min()),
+            "macs_max": float(macs.max()),
+            "paths": evaluation.paths,
+        },
+        "histogram": _histogram(evaluation),
+        "gates": [asdict(g) for g in evaluation.gates],
+    }
+
+
+def evaluate_folder(folder: Path, data: str = "", corrupt: str = "refuse") -> tuple[Evaluation, dict[str, Any]]:
+    """Evaluate a folder that `convert` wrote, on its own data or others.
+
+    Raises:
+        GatefitError: the folder or the data cannot be read.
+    """
+    config = read_config(folder)
+    gated = load(folder)
+    recipe = read_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else Recipe()
+    if not data and not (folder / RECIPE).is_file():
+        raise DataError(f"{folder} does not say what data it was made with; pass --data")
+    teacher = None
+    if (folder / ORIGINAL).is_file():
+        teacher = build(ModelReference(**config["model"]))
+        teacher.load_state_dict(read_tensors(folder / ORIGINAL), strict=False)
+    splits = read_data(data or recipe.data.name, gated.meta["input"], corrupt, recipe.seed, recipe.data.limit)
+    classes = _outputs(gated, gated.meta["input"])
+    if splits.test.labels is not None and len(splits.test.classes) != classes:
+        splits = replace(splits, test=replace(splits.test, labels=None, classes=()))
+    evaluation = evaluate(gated, splits, teacher)
+    return evaluation, {"model": config["model"]["name"] if config["model"] else "", **figures(evaluation)}
+
+
+def _histogram(evaluation: Evaluation, bins: int = 20) -> dict[str, list[float]]:
+    """Images by their share of the dense MACs."""
+    share = evaluation.macs / evaluation.dense_macs
+    low, high = float(share.min()), float(share.max())
+    if high - low < 1e-9:
+        return {"edges": [low, high], "counts": [evaluation.images]}
+    counts = torch.histc(share, bins, low, high)
+    return {"edges": torch.linspace(low, high, bins + 1).tolist(), "counts": counts.tolist()}
+
+
+def _check_out(recipe: Recipe, out: Path, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"'{out}' is a file; choose another --out")
+    if not resume:
+        if out.exists() and any(out.iterdir()):
+            raise CheckpointError(f"'{out}' exists; choose another --out, or go on with --resume")
+    elif (out / RECIPE).is_file():
+        if (out / RECIPE).read_text() != write_recipe(recipe):
+            raise RecipeError(f"'{out}' was begun with another recipe ({out / RECIPE}); resume with the same options")
+        if (out / REPORT).is_file():
+            read_json(out / REPORT)
+            raise CheckpointError(f"'{out}' is complete; there is nothing to resume")
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise CheckpointError(f"'{out}' cannot be written: no permission in '{parent}'; choose another --out")
+
+
+def _prepare(
+    recipe: Recipe, say: Callable[[str], None]
+) -> tuple[ModelReference, nn.Module, Splits, bool]:
+    """The network with its weights, and the images for it."""
+    part = recipe.model
+    if not part.name:
+        raise RecipeError("no model: name one on the command line or in the recipe's [model]")
+    if part.pretrained and part.weights:
+        raise RecipeError("give --pretrained or --weights, not both")
+    trained = part.pretrained or bool(part.weights)
+    reference = parse_reference(part.name)
+    model = None
+    if trained:
+        reference, model = _with_weights(reference, part.pretrained, part.weights)
+    if not recipe.data.name:
+        say(
+            "no --data given: fine-tuning on Imagenette (9,469 ImageNet images of 10 classes, fetched through "
+            "torchvision) by distillation from the original, which needs no labels"
+        )
+    probe = model if model is not None else build(reference)
+    spec = input_spec(probe, part.image_size or None)
+    data = read_data(recipe.data.name, spec, recipe.data.corrupt, recipe.seed, recipe.data.limit)
+    if model is None:
+        torch.manual_seed(recipe.seed)
+        classes = len(data.train.classes)
+        if reference.source != "file" and classes:
+            reference = replace(reference, arguments={"num_classes": classes})
+        model = build(reference)
+    return reference, model, data, trained
+
+
+def _with_weights(reference: ModelReference, pretrained: bool, weights: str) -> tuple[ModelReference, nn.Module]:
+    """Build with weights; a head of another size than the name's default is taken from the file."""
+    if pretrained:
+        return reference, build(reference, pretrained=True)
+    model = build(reference)
+    state, own = read_weights(Path(weights)), model.state_dict()
+    odd = {k for k in own if k in state and own[k].shape != state[k].shape}
+    sizes = {state[k].shape[0] for k in odd if own[k].shape[1:] == state[k].shape[1:]}
+    if odd and len(odd) <= 2 and len(sizes) == 1 and reference.source != "file":
+        reference = replace(reference, arguments={"num_classes": int(sizes.pop())})
+        model = build(reference)
+    load_weights(model, Path(weights))
+    return reference, model
+
+
+def _fit_labels(
+    model: nn.Module, data: Splits, spec: InputSpec, trained: bool, say: Callable[[str], None]
+) -> tuple[Splits, bool]:
+    """Labels are used where they fit the head; a trained network can do without."""
+    outputs, classes = _outputs(model, spec), len(data.train.classes)
+    if classes == outputs:
+        return data, True
+    if not trained:
+        raise DataError(
+            f"the network has {outputs} outputs, the data {classes} classes; without trained weights it "
+            "cannot learn from them: change the network's head or the data"
+        )
+    has = f"{classes} classes" if classes else "no labels"
+    say(f"the data has {has} for {outputs} outputs: its labels are not used, distillation alone trains")
+
+    def plain(images: ImageSet) -> ImageSet:
+        return replace(images, labels=None, classes=())
+
+    return Splits(plain(data.train), plain(data.test)), False
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, spec: InputSpec) -> int:
+    training = model.training
+    device = next(model.parameters()).device
+    try:
+        logits = model.eval()(torch.zeros(1, *spec.shape, device=device))
+    except Exception as error:
+        raise ModelError(
+            f"the network does not take images of {spec.shape[1]}x{spec.shape[2]} pixels "
+            f"({str(error).splitlines()[0][:120]}); set model.image_size"
+        ) from error
+    finally:
+        model.train(training)
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        raise ModelError("the network does not return one row of logits for each image")
+    return logits.shape[1]
+
+
+def _train_baseline(
+    recipe: Recipe,
+    model: nn.Module,
+    data: Splits,
+    spec: InputSpec,
+    out: Path,
+    resume: bool,
+    say: Callable[[str], None],
+    report: Callable[[Progress], None],
+) -> None:
+    part = recipe.baseline
+    say(f"training the dense network for {part.epochs} epochs on {len(data.train)} images")
+    file = out / _CHECKPOINTS["baseline"]
+    settings = FinetunePart(
+        epochs=part.epochs,
+        batch_size=part.batch_size,
+        lr=part.lr,
+        weight_decay=part.weight_decay,
+        augment=recipe.finetune.augment,
+        flip=recipe.finetune.flip,
+        precision=recipe.finetune.precision,
+    )
+    train_dense(model, data.train, spec, settings, seed=recipe.seed, report=report, checkpoint=file, resume=resume)
+
+
+def _write(out: Path, gated: fx.GraphModule, model: nn.Module, recipe: Recipe, summary: dict[str, Any]) -> None:
+    """All files of the folder; the report, which marks it as complete, last."""
+    write_tensors(out / ORIGINAL, model.state_dict())
+    save(gated, out, {"recipe": json.loads(json.dumps(asdict(recipe)))})
+    write_json(out / REPORT, summary)
+    for name in _CHECKPOINTS.values():
+        (out / name).unlink(missing_ok=True)

@@ -1,0 +1,135 @@
+"""What a person sees: tables, histogram and progress, with rich."""
+
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gatefit.blocks import FoundBlocks
+from gatefit.training import Progress as Step
+
+
+def mega(macs: float) -> str:
+    """MACs in millions."""
+    return f"{macs / 1e6:,.2f} M"
+
+
+def percent(share: float | None) -> str:
+    """A share in percent, or a dash where there is none."""
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+class TrainingBar(AbstractContextManager["TrainingBar"]):
+    """A progress bar with loss, accuracy, share of MACs that really runs, and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "TrainingBar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def __call__(self, step: Step) -> None:
+        """Show a training step."""
+        if step.stage not in self._tasks:
+            self._tasks[step.stage] = self._progress.add_task(step.stage, total=step.steps, figures="")
+        figures = f"loss {step.loss:.3f}"
+        if step.accuracy is not None:
+            figures += f"  acc {100 * step.accuracy:.1f} %"
+        if step.stage == "fine-tune":
+            figures += f"  MACs {100 * step.share:.1f} %"
+        self._progress.update(self._tasks[step.stage], completed=step.step, figures=figures)
+
+
+def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
+    """Table of every branch found, then every addition refused."""
+    table = Table(title=f"{model}: {len(found.blocks)} residual blocks, {mega(found.macs)} MACs per image", title_justify="left")
+    for name, justify in (
+        ("block", "left"), ("MACs", "right"), ("channel gate on", "left"), ("channels", "right"),
+        ("units", "right"), ("MACs that close with them", "right"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for block in found.blocks:
+        scaled = sum(layer.macs for layer in block.layers if layer.scaled)
+        gated = block.gated
+        table.add_row(
+            block.name,
+            mega(block.macs),
+            gated.target if gated else f"none: {block.no_channel_gate}",
+            str(block.channels or "-"),
+            str(block.units or "-"),
+            mega(scaled) if gated else "-",
+        )
+    console.print(table)
+    share = sum(b.macs for b in found.blocks) / found.macs
+    channel = sum(x.macs for b in found.blocks for x in b.layers if x.scaled) / found.macs
+    console.print(f"under a block gate: {percent(share)} of the MACs; under a channel gate: {percent(channel)}")
+    if found.skipped:
+        refused = Table(title=f"{len(found.skipped)} additions refused", title_justify="left")
+        refused.add_column("node")
+        refused.add_column("reason", overflow="fold")
+        for skipped in found.skipped:
+            refused.add_row(skipped.node, skipped.reason)
+        console.print(refused)
+
+
+def show_report(console: Console, report: dict[str, Any]) -> None:
+    """The table of before and after, the gates, and the histogram of MACs per image."""
+    dense, gated = report["dense"], report["gated"]
+    table = Table(title=f"{report['model']} on {report['images']} images", title_justify="left")
+    for name in ("", "accuracy", "agreement", "MACs per image", "share"):
+        table.add_column(name, justify="left" if not name else "right")
+    table.add_row("original", percent(dense["accuracy"]), "100.00 %", mega(dense["macs"]), "100.00 %")
+    for placement in ("sequential", "parallel"):
+        macs = gated[f"macs_{placement}"]
+        table.add_row(
+            f"gated, {placement}",
+            percent(gated["accuracy"]),
+            percent(gated["agreement"]),
+            mega(macs),
+            percent(macs / dense["macs"]),
+        )
+    console.print(table)
+    blocks = Table(title="gates: mean share open", title_justify="left")
+    for name in ("block", "ran the block", "channels open", "units", "always open", "never open", "masks"):
+        blocks.add_column(name, justify="left" if name == "block" else "right")
+    for gate in report["gates"]:
+        blocks.add_row(
+            gate["name"],
+            percent(gate["block_open"]),
+            percent(gate["channel_open"]) if gate["units"] else "-",
+            *(str(gate[k]) if gate["units"] else "-" for k in ("units", "always", "never")),
+            str(gate["distinct"]),
+        )
+    console.print(blocks)
+    show_histogram(console, report)
+
+
+def show_histogram(console: Console, report: dict[str, Any], width: int = 40) -> None:
+    """Images by their share of the dense MACs."""
+    edges, counts = report["histogram"]["edges"], report["histogram"]["counts"]
+    gated = report["gated"]
+    console.print(
+        f"MACs per image (sequential): {mega(gated['macs_min'])} to {mega(gated['macs_max'])}, "
+        f"standard deviation {mega(gated['macs_std'])}; {gated['paths']} different paths"
+    )
+    highest = max(counts) or 1
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        bar = "█" * round(width * count / highest)
+        console.print(f"{100 * low:6.1f} - {100 * high:5.1f} %  {bar} {int(count)}", highlight=False)

@@ -1,0 +1,333 @@
+"""The training loop: built on accelerate, resumable at any step, the same for dense and gated networks."""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from gatefit.data import ImageSet, normalise
+from gatefit.errors import CheckpointError, RecipeError, TrainingError
+from gatefit.files import write_atomically
+from gatefit.gates import Gate
+from gatefit.models import InputSpec
+from gatefit.recipe import FinetunePart
+
+CHECKPOINT_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Means over one epoch of training."""
+
+    epoch: int
+    loss: float
+    accuracy: float | None
+    """Share of training images classified right; None without labels."""
+    share: float
+    """Share of the dense MACs that really ran (sequential placement, gates included)."""
+    lr: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands after a step; means over the epoch under way."""
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+    accuracy: float | None
+    share: float
+
+
+Report = Callable[[Progress], None]
+
+
+class Closing(Protocol):
+    """What closes gates while a network trains (see `gatefit.control`)."""
+
+    factor: float
+    """Kept in checkpoints."""
+
+    def begin(self) -> None:
+        """Before the first step of a fresh training."""
+
+    def share(self) -> float:
+        """Share of the dense MACs that the last forward ran."""
+
+    def penalty(self) -> Tensor | None:
+        """Term of the loss for the last forward."""
+
+    def step(self, step: int, steps: int, average: Callable[[float], float]) -> None:
+        """After optimiser step `step` of `steps`; `average` is over processes."""
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds beside tensors."""
+
+    step: int = 0
+    factor: float = 1.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
+    """Of the epoch under way: loss, right answers, share, images."""
+
+
+class Trainer:
+    """Trains a network in place; `run` is the loop from top to bottom.
+
+    The order of images, their augmentation and the random state of every step depend on the seed and the
+    step alone, so a run that was broken off ends as if it had not been.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        images: ImageSet,
+        spec: InputSpec,
+        settings: FinetunePart,
+        *,
+        stage: str,
+        seed: int,
+        report: Report,
+        teacher: nn.Module | None = None,
+        closing: Closing | None = None,
+    ) -> None:
+        self.network, self.images, self.spec, self.settings = network, images, spec, settings
+        self.stage, self.seed, self.report, self.closing = stage, seed, report, closing
+        self.accelerator = Accelerator(mixed_precision=settings.precision)
+        self.device = self.accelerator.device
+        network.to(self.device)
+        self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False) if teacher else None
+        self.state = _State()
+        self._check()
+        self.per_epoch = len(images) // settings.batch_size
+        self.steps = self.per_epoch * settings.epochs
+        self.optimizer = _optimizer(network, settings)
+
+    def _check(self) -> None:
+        s, world = self.settings, self.accelerator.num_processes
+        if s.batch_size % (world * s.accumulate):
+            raise RecipeError(
+                f"batch size {s.batch_size} cannot be divided among {world} processes and {s.accumulate} passes"
+            )
+        if s.batch_size > len(self.images):
+            raise RecipeError(
+                f"batch size {s.batch_size} is more than the {len(self.images)} training images; lower it"
+            )
+        if self.images.labels is None and self.teacher is None:
+            raise RecipeError("there are neither labels that fit the network nor an original network to distil from")
+
+    def run(self, checkpoint: Path | None = None, resume: bool = False) -> list[Epoch]:
+        """Train to the end, from `checkpoint` if there is one and `resume` is set."""
+        s = self.settings
+        if resume and checkpoint is not None and checkpoint.exists():
+            self._restore(checkpoint)
+        elif self.closing is not None:
+            self.closing.begin()
+        network, optimizer = self.accelerator.prepare(self.network, self.optimizer)
+        saved = time.monotonic()
+        network.train()
+        for batch in self._batches():
+            step = self.state.step
+            self._set_rates(step)
+            set_seed((self.seed * 1_000_003 + step) * 64 + self.accelerator.process_index)
+            sums = torch.zeros(3, dtype=torch.float64)
+            for images, labels, index in zip(*(t.chunk(s.accumulate) for t in batch), strict=True):
+                loss, right = self._loss(network, images, labels, index, step // self.per_epoch)
+                self.accelerator.backward(loss / s.accumulate)
+                share = self.closing.share() if self.closing is not None else 1.0
+                sums += torch.tensor([float(loss.detach()) / s.accumulate, right, share / s.accumulate])
+            loss_sum, right_sum, share_sum = self.accelerator.reduce(sums.to(self.device), "sum").tolist()
+            world = self.accelerator.num_processes
+            if not math.isfinite(loss_sum):
+                raise TrainingError(
+                    f"the loss is not finite at step {step + 1} of {self.steps} ({self.stage}); lower the learning rate"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            if self.closing is not None:
+                self.closing.step(step, self.steps, self._average)
+            self._note(loss_sum / world, right_sum, share_sum / world)
+            due = time.monotonic() - saved > CHECKPOINT_SECONDS or self.state.step % self.per_epoch == 0
+            if checkpoint is not None and due and self.accelerator.is_main_process:
+                self._save(checkpoint)
+                saved = time.monotonic()
+        self.accelerator.wait_for_everyone()
+        self.network.eval()
+        return [Epoch(**e) for e in self.state.history]
+
+    def _average(self, value: float) -> float:
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.device), "mean"))
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This process's part of every global batch that is still to come."""
+        s, world, rank = self.settings, self.accelerator.num_processes, self.accelerator.process_index
+        while self.state.step < self.steps:
+            epoch, done = divmod(self.state.step, self.per_epoch)
+            order = torch.randperm(len(self.images), generator=generator(self.seed, epoch))
+            batches = order[: self.per_epoch * s.batch_size].view(self.per_epoch, s.batch_size)[done:]
+            yield from loader(self.images, batches.chunk(world, 1)[rank].tolist())
+
+    def _loss(
+        self, network: nn.Module, images: Tensor, labels: Tensor, index: Tensor, epoch: int
+    ) -> tuple[Tensor, int]:
+        """Loss of one forward pass, and how many images it got right."""
+        s = self.settings
+        x = images.to(self.device)
+        if images.dtype == torch.uint8 and s.augment:
+            x = augment(x, index, len(self.images), self.seed, epoch, s.flip)
+        x = normalise(x, self.spec)
+        labels = labels.to(self.device)
+        logits = network(x)
+        labelled = self.images.labels is not None
+        weight = 0.0 if self.teacher is None else s.distillation if labelled else 1.0
+        loss = logits.new_zeros((), dtype=torch.float32)
+        if weight < 1:
+            loss = loss + (1 - weight) * F.cross_entropy(logits.float(), labels)
+        if weight > 0 and self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                wanted = self.teacher(x)
+            loss = loss + weight * distillation(logits.float(), wanted.float(), s.temperature)
+        penalty = self.closing.penalty() if self.closing is not None else None
+        right = int((logits.detach().argmax(1) == labels).sum()) if labelled else 0
+        return loss if penalty is None else loss + penalty, right
+
+    def _set_rates(self, step: int) -> None:
+        """A short warm-up, then a cosine to zero."""
+        warm = min(1.0, (step + 1) / max(1.0, 0.1 * self.steps))
+        factor = warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * group["peak"]
+
+    def _note(self, loss: float, right: float, share: float) -> None:
+        size, state = self.settings.batch_size, self.state
+        state.step += 1
+        for i, value in enumerate((loss * size, right, share * size, size)):
+            state.sums[i] += value
+        means = [x / state.sums[3] for x in state.sums[:3]]
+        accuracy = means[1] if self.images.labels is not None else None
+        self.report(Progress(self.stage, state.step, self.steps, means[0], accuracy, means[2]))
+        if state.step % self.per_epoch == 0:
+            lr = self.optimizer.param_groups[0]["lr"]
+            state.history.append(asdict(Epoch(state.step // self.per_epoch, means[0], accuracy, means[2], lr)))
+            state.sums = [0.0] * 4
+
+    def _save(self, file: Path) -> None:
+        tensors = {f"model.{k}": v for k, v in self.network.state_dict().items()}
+        for i, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        self.state.factor = self.closing.factor if self.closing is not None else 1.0
+        header = {"state": json.dumps({**asdict(self.state), "stage": self.stage})}
+        write_atomically(file, lambda f: safetensors.torch.save_file(tensors, f, metadata=header))
+
+    def _restore(self, file: Path) -> None:
+        try:
+            with safetensors.safe_open(file, "pt") as stream:
+                header = json.loads(stream.metadata()["state"])
+                tensors = {k: stream.get_tensor(k) for k in stream.keys()}  # noqa: SIM118
+            if header.pop("stage") != self.stage:
+                raise ValueError("it is of another stage")
+            self.state = _State(**header)
+            if self.closing is not None:
+                self.closing.factor = self.state.factor
+            self.network.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+            saved = self.optimizer.state_dict()
+            for key, value in tensors.items():
+                if key.startswith("optimizer."):
+                    _, i, name = key.split(".")
+                    saved["state"].setdefault(int(i), {})[name] = value
+            self.optimizer.load_state_dict(saved)
+        except Exception as error:
+            raise CheckpointError(
+                f"{file} is damaged or of another run ({str(error).splitlines()[0]}); remove it to begin anew"
+            ) from error
+
+
+def distillation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """KL divergence to the teacher's softened predictions, times T^2 (Hinton et al., arXiv 1503.02531)."""
+    student = F.log_softmax(logits / temperature, 1)
+    teacher = F.log_softmax(wanted / temperature, 1)
+    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
+def augment(images: Tensor, index: Tensor, count: int, seed: int, epoch: int, flip: bool) -> Tensor:
+    """Random crop with a padding of 1/8 and, if `flip`, mirroring of a batch (B, C, H, W).
+
+    What happens to an image depends on its index, the seed and the epoch alone: not on batches or processes.
+    """
+    pad = images.shape[-1] // 8
+    random = generator(seed, epoch)
+    plan = torch.randint(0, 2 * pad + 1, (2, count), generator=random)[:, index].to(images.device)
+    mirrored = (torch.rand(count, generator=random)[index] < 0.5).to(images.device) & flip
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (pad,) * 4)
+    rows = plan[0][:, None] + torch.arange(height, device=images.device)
+    columns = plan[1][:, None] + torch.arange(width, device=images.device)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    each = torch.arange(len(images), device=images.device)
+    return padded.permute(0, 2, 3, 1)[each[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set all BN running statistics to the average over `batches`, everything else as in eval mode."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    network.eval()
+    before = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    if norms:
+        for batch in batches:
+            network(batch)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+    network.eval()
+
+
+def loader(images: ImageSet, batches: list[list[int]]) -> DataLoader[Any]:
+    """Batches of an ImageSet by their indices; images that are not in memory are decoded by workers."""
+    workers = 0 if images.resident is not None else 2
+    return DataLoader(images, batch_sampler=batches, collate_fn=_whole, num_workers=workers)  # type: ignore[arg-type]
+
+
+def generator(seed: int, epoch: int) -> torch.Generator:
+    """Random numbers of one epoch; -1 for what comes after the last."""
+    return torch.Generator().manual_seed(seed * 100_003 + epoch + 1)
+
+
+def _optimizer(network: nn.Module, settings: FinetunePart) -> torch.optim.SGD:
+    """Groups by module identity: gates have their own learning rate and no weight decay."""
+    gates = {id(p) for m in network.modules() if isinstance(m, Gate) for p in m.parameters()}
+    trained = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [p for p in trained if id(p) not in gates],
+            "peak": settings.lr,
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [p for p in trained if id(p) in gates], "peak": settings.gate_lr, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(
+        [g for g in groups if g["params"]], settings.lr, settings.momentum, nesterov=settings.momentum > 0
+    )
+
+
+def _whole(batch: Any) -> Any:
+    return batch
