@@ -188,8 +188,7 @@ def _dependants(graph: fx.Graph) -> set[fx.Node]:
     live: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or any(i in live for i in node.all_input_nodes):
-            if shape_of(node) is not None or node.op == "call_function" or node.op == "call_method":
-                live.add(node)
+            live.add(node)
     return live
 
 
@@ -207,9 +206,7 @@ def _cone(output: fx.Node, only_user: fx.Node) -> list[fx.Node]:
     return sorted(cone)
 
 
-def _match(
-    traced: fx.GraphModule, add: fx.Node, macs: dict[fx.Node, int], live: set[fx.Node]
-) -> _Match | str:
+def _match(traced: fx.GraphModule, add: fx.Node, macs: dict[fx.Node, int], live: set[fx.Node]) -> _Match | str:
     """The residual branch of one add, or the reason why there is none."""
     sides = [a for a in add.args if isinstance(a, fx.Node)]
     if len(set(sides)) < 2:
@@ -239,9 +236,7 @@ def _match_side(
     work = sum(macs[n] for n in cone)
     if not work:
         return f"no convolution or linear layer would be saved by skipping '{output.name}'"
-    entries = {
-        s for n in cone for s in n.all_input_nodes if s not in inside and s in live and shape_of(s) is not None
-    }
+    entries = {s for n in cone for s in n.all_input_nodes if s not in inside and s in live and shape_of(s) is not None}
     if len(entries) != 1:
         names = ", ".join(sorted(e.name for e in entries))
         return f"the branch ending in '{output.name}' reads {len(entries)} tensors ({names}) instead of one"

@@ -151,9 +151,7 @@ def _step(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
         keeps = True
     elif module is not None:
         keeps = _keeps_zero(module)
-    elif user.target in _PRODUCTS:
-        keeps = True
-    elif user.target in _ZERO_KEEPING_CALLS:
+    elif user.target in _PRODUCTS or user.target in _ZERO_KEEPING_CALLS:
         keeps = True
     elif user.target in _ZERO_LOSING_CALLS:
         keeps = False

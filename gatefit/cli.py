@@ -2,11 +2,10 @@
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +23,7 @@ app = typer.Typer(
 )
 
 
-class Gates(str, Enum):
+class Gates(StrEnum):
     """Which gates to retrofit."""
 
     lc = "lc"
@@ -65,15 +64,15 @@ def convert(
         whole = replace(
             whole,
             seed=whole.seed if seed is None else seed,
-            model=_override(
-                whole.model, name=model or None, pretrained=pretrained or None, weights=weights or None
-            ),
+            model=_override(whole.model, name=model or None, pretrained=pretrained or None, weights=weights or None),
             data=_override(whole.data, name=data or None, corrupt="skip" if skip_corrupt else None),
             gates=_override(whole.gates, kinds=gates.value if gates else None),
             finetune=_override(
                 whole.finetune if l1 is None and target is None else replace(whole.finetune, l1=None, target=None),
-                epochs=epochs, l1=l1, target=target,
-            ),  # fmt: skip
+                epochs=epochs,
+                l1=l1,
+                target=target,
+            ),
         )
         folder = out or Path("runs") / name
         messages = Console(stderr=True, quiet=not _is_main())
@@ -194,7 +193,3 @@ def _plain(found: Any) -> dict[str, Any]:
         for b in found.blocks
     ]
     return {"macs": found.macs, "blocks": blocks, "skipped": [asdict(s) for s in found.skipped]}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

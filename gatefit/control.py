@@ -14,7 +14,7 @@ from gatefit.gates import outputs_of
 
 GAIN = 0.1
 """Part of the way to the batch's threshold that one step goes: batches are small samples."""
-STEPS = 24
+STEPS = 18
 
 
 def lower(gated: nn.Module, shift: float, keep: float = 0.0) -> None:
@@ -23,7 +23,7 @@ def lower(gated: nn.Module, shift: float, keep: float = 0.0) -> None:
         for gate, out in outputs_of(gated):
             for fc, logits in ((gate.block, out.block), (gate.channel, out.channel)):
                 if fc is not None and logits is not None:
-                    fc.bias -= min(shift, _most(logits, keep))
+                    fc.bias.sub_(min(shift, _most(logits, keep)))
 
 
 def threshold_for(gated: nn.Module, costs: Costs, target: float, keep: float = 0.0) -> float:
@@ -73,4 +73,3 @@ def _most(logits: torch.Tensor, keep: float) -> float:
     flat = logits.detach().flatten()
     rank = max(1, int((1 - keep) * flat.numel()))
     return float(flat.kthvalue(rank).values)
-

@@ -191,9 +191,7 @@ def _check_out(recipe: Recipe, out: Path, resume: bool) -> None:
         raise CheckpointError(f"'{out}' cannot be written: no permission in '{parent}'; choose another --out")
 
 
-def _prepare(
-    recipe: Recipe, say: Callable[[str], None]
-) -> tuple[ModelReference, nn.Module, Splits, bool]:
+def _prepare(recipe: Recipe, say: Callable[[str], None]) -> tuple[ModelReference, nn.Module, Splits, bool]:
     """The network with its weights, and the images for it."""
     part = recipe.model
     if not part.name:

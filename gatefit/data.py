@@ -107,7 +107,11 @@ def read_data(name: str, spec: InputSpec, corrupt: str = "refuse", seed: int = 0
     return splits
 
 
-def as_images(data: "Splits | ImageSet | str | tuple[Tensor, Tensor]", spec: InputSpec, seed: int = 0) -> Splits:
+Source = Splits | ImageSet | str | Path | tuple[Tensor, Tensor]
+"""What callers may pass as data, see `as_images`."""
+
+
+def as_images(data: Source, spec: InputSpec, seed: int = 0) -> Splits:
     """Splits from what a caller has at hand.
 
     Args:
@@ -196,8 +200,10 @@ def _from_timm(name: str, spec: InputSpec, corrupt: str) -> Splits:
             if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
                 raise DataError(f"the data set '{name}' can only be streamed; gatefit needs one with random access")
             dataset.transform = None
-            labels = [int(dataset[i][1]) for i in range(len(dataset))] if not hasattr(dataset, "targets") else list(
-                dataset.targets
+            labels = (
+                [int(dataset[i][1]) for i in range(len(dataset))]
+                if not hasattr(dataset, "targets")
+                else list(dataset.targets)
             )
         except DataError:
             raise

@@ -59,7 +59,9 @@ class TrainingBar(AbstractContextManager["TrainingBar"]):
 
 def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
     """Table of every branch found, then every addition refused."""
-    table = Table(title=f"{model}: {len(found.blocks)} residual blocks, {mega(found.macs)} MACs per image", title_justify="left")
+    table = Table(
+        title=f"{model}: {len(found.blocks)} residual blocks, {mega(found.macs)} MACs per image", title_justify="left"
+    )
     for name, justify in (
         ("block", "left"), ("MACs", "right"), ("channel gate on", "left"), ("channels", "right"),
         ("units", "right"), ("MACs that close with them", "right"),

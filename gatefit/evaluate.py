@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.data import DataLoader
 
 from gatefit.cost import Opens, costs_of, macs_per_image, opens_of
-from gatefit.data import ImageSet, Splits, as_images, normalise
+from gatefit.data import Source, as_images, normalise
 from gatefit.errors import DataError
+from gatefit.training import loader
 
 BATCH = 250
 
@@ -61,7 +60,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     gated: fx.GraphModule,
-    data: "Splits | ImageSet | str | Path | tuple[Tensor, Tensor]",
+    data: Source,
     teacher: nn.Module | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -77,7 +76,7 @@ def evaluate(
         DataError: there are no images.
     """
     spec = gated.meta["input"]
-    images = as_images(data, spec).test  # type: ignore[arg-type]
+    images = as_images(data, spec).test
     if not len(images):
         raise DataError("there are no images to evaluate on")
     device = next(gated.parameters()).device
@@ -89,14 +88,8 @@ def evaluate(
     sequential, parallel = [], []
     opens: dict[str, list[Opens]] = {c.name: [] for c in costs.blocks}
     indices = torch.arange(len(images)).split(BATCH)
-    loader = DataLoader(
-        images,
-        batch_sampler=[i.tolist() for i in indices],  # type: ignore[arg-type]
-        collate_fn=lambda b: b,
-        num_workers=0 if images.resident is not None else 2,
-    )
     done = 0
-    for batch, labels, _ in loader:
+    for batch, labels, _ in loader(images, [i.tolist() for i in indices]):
         x = normalise(batch.to(device), spec)
         answer = gated(x).argmax(1).cpu()
         right += int((answer == labels).sum())

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.control import GAIN, lower, price_threshold, smallest_share, threshold_for
 from gatefit.cost import costs_of, macs_per_image, opens_of
-from gatefit.data import ImageSet, Splits, as_images, normalise
+from gatefit.data import ImageSet, Source, as_images, normalise
 from gatefit.errors import RecipeError
 from gatefit.models import InputSpec
 from gatefit.penalty import salience_penalty
@@ -20,7 +20,7 @@ from gatefit.training import Epoch, Report, Trainer, generator, loader, recalibr
 
 def finetune(
     gated: fx.GraphModule,
-    data: Splits | ImageSet | str | Path | tuple[Tensor, Tensor],
+    data: Source,
     teacher: nn.Module | None = None,
     l1: float | None = None,
     target: float | None = None,
@@ -86,18 +86,14 @@ def train_dense(
     resume: bool = False,
 ) -> list[Epoch]:
     """Train a dense network on labels, in place: the baseline of a recipe. Raises as `finetune` does."""
-    trainer = Trainer(
-        model, images, spec, settings, stage="baseline", seed=seed, report=report or (lambda _: None)
-    )
+    trainer = Trainer(model, images, spec, settings, stage="baseline", seed=seed, report=report or (lambda _: None))
     return trainer.run(checkpoint, resume)
 
 
 class GateClosing:
     """Closes gates while the network trains: the closed loop for a target, the price for an L1 coefficient."""
 
-    def __init__(
-        self, gated: fx.GraphModule, images: ImageSet, settings: FinetunePart, start: str, seed: int
-    ) -> None:
+    def __init__(self, gated: fx.GraphModule, images: ImageSet, settings: FinetunePart, start: str, seed: int) -> None:
         self.gated, self.images, self.settings = gated, images, settings
         self.start, self.seed, self.factor = start, seed, 1.0
         self.costs = costs_of(gated, gated.meta["input"].shape)

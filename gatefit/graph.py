@@ -69,9 +69,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     try:
         graph = _Tracer().trace(root, concrete_args=_defaults(root))
     except Exception as error:
-        raise ConversionError(
-            f"{type(model).__name__} cannot be traced by torch.fx: {_first_line(error)}"
-        ) from error
+        raise ConversionError(f"{type(model).__name__} cannot be traced by torch.fx: {_first_line(error)}") from error
     _drop_frozen_inputs(graph)
     _functionalise(graph)
     traced = fx.GraphModule(root, graph, class_name=type(model).__name__)

@@ -66,14 +66,14 @@ class BaselinePart:
 class FinetunePart:
     """[finetune]: the training that closes gates."""
 
-    epochs: int = 8
+    epochs: int = 10
     batch_size: int = 128
     """Global: over all processes and accumulation steps."""
     accumulate: int = 1
     """Optimiser steps are taken every `accumulate` forward passes; each sees batch_size / accumulate images."""
-    lr: float = 0.02
+    lr: float = 0.03
     """Peak learning rate of the backbone; a cosine to zero after a short warm-up."""
-    gate_lr: float = 0.01
+    gate_lr: float = 1e-4
     """Peak learning rate of the gates, which have no weight decay."""
     momentum: float = 0.9
     weight_decay: float = 5e-4

@@ -31,11 +31,13 @@ class _Probe(fx.Interpreter):
         if n.op == "call_module" and isinstance(gate := self.fetch_attr(str(n.target)), Gate):
             return self._probe(gate, self.fetch_args_kwargs_from_env(n)[0][0])
         if n.op == "call_function" and n.target is scale:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            args, _ = self.fetch_args_kwargs_from_env(n)
             source = n.args[1]
             assert isinstance(source, fx.Node) and isinstance(source.args[0], fx.Node)
             gate = self.fetch_attr(str(source.args[0].target))
-            self.activations[gate.of.name][int(source.args[1])] = _mean_size(*args)  # type: ignore[call-overload]
+            kind = source.args[1]
+            assert isinstance(kind, int)
+            self.activations[gate.of.name][kind] = _mean_size(*args)
         return super().run_node(n)
 
     def _probe(self, gate: Gate, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -59,7 +61,9 @@ def _mean_size(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) ->
     return size.mean(2).unflatten(1, (-1, per_unit)).mean(2)
 
 
-def start_from_data(gated: fx.GraphModule, images: ImageSet, count: int = 8000, batch: int = 100, seed: int = 0) -> float:
+def start_from_data(
+    gated: fx.GraphModule, images: ImageSet, count: int = 8000, batch: int = 100, seed: int = 0
+) -> float:
     """Set the gates' weights from `count` images, no labels needed; all gates stay open (threshold 0).
 
     Labels are drawn from the network's own predictions, so that the Fisher information is the true one.

@@ -77,7 +77,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule:
                     f"{folder} was saved from a network of your own; call gatefit.load(folder, model=...)"
                 )
             model = build(ModelReference(**config["model"]))
-        spec = InputSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["input"].items()})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["input"].items()}
+        spec = InputSpec(**given)
         gated = rewrite(model.eval(), torch.zeros(2, *spec.shape), config["gates"], config["form"])
         blocks = [{"name": n, "features": g.of.features, "units": g.of.units} for n, g in gates_of(gated).items()]
         if blocks != config["blocks"]:

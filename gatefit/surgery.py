@@ -81,7 +81,7 @@ def rewrite(model: nn.Module, example: Tensor, gates: GateKinds = "lc", form: Ga
     traced.graph.lint()
     traced.recompile()
     traced.meta["gates"] = gates
-    traced.meta["input"] = replace(input_spec(model), shape=tuple(example.shape[1:]))
+    traced.meta["input"] = replace(input_spec(model), shape=_image_shape(example))
     return traced
 
 
@@ -97,6 +97,13 @@ def no_block_message(model: str, found: FoundBlocks) -> str:
 def default_example(model: nn.Module, batch: int = 2) -> Tensor:
     """An example without data, (batch, *input size of the network), see `gatefit.models.input_spec`."""
     return torch.zeros(batch, *input_spec(model).shape, device="meta")
+
+
+def _image_shape(example: Tensor) -> tuple[int, int, int]:
+    if example.dim() != 4:
+        raise ConversionError(f"the example must be a batch of images (B, C, H, W), not {tuple(example.shape)}")
+    channels, height, width = example.shape[1:]
+    return channels, height, width
 
 
 def _random_like(model: nn.Module, example: Tensor) -> Tensor:
