@@ -63,6 +63,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
         ConversionError: the network cannot be traced, or does not take the example.
     """
     root = copy.deepcopy(model)
+    modes = {name: module.training for name, module in model.named_modules()}
     for module in root.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
@@ -77,13 +78,8 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     _modularise_dropout(traced)
     _keep_unused_state(traced, root)
     traced.recompile()
-    traced.train(model.training)
-    for name, module in root.named_modules():  # sub-modules may be frozen in eval mode one by one
-        if name and hasattr(module, "training"):
-            try:
-                traced.get_submodule(name).training = module.training
-            except AttributeError:
-                continue
+    for name, module in traced.named_modules():  # one by one: parts of a network may be frozen in eval mode
+        module.training = modes.get(name, model.training)
     if example is not None:
         propagate_shapes(traced, example)
     return traced

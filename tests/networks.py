@@ -1,0 +1,206 @@
+"""A table of small networks, one oddity each, that drives the tests of matching, surgery and costs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv(i: int, o: int, k: int = 3, stride: int = 1, groups: int = 1, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, stride, k // 2, groups=groups, bias=bias)
+
+
+class Basic(nn.Module):
+    def __init__(self, i: int, o: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(i, o, stride=stride), nn.BatchNorm2d(o)
+        self.conv2, self.bn2 = conv(o, o), nn.BatchNorm2d(o)
+        self.down = nn.Sequential(conv(i, o, 1, stride), nn.BatchNorm2d(o)) if stride > 1 or i != o else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + (self.down(x) if self.down else x))
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, c: int, width: int, groups: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(c, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv(width, width, groups=groups), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = conv(width, c, 1), nn.BatchNorm2d(c)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(self.act(self.bn2(self.conv2(y)))))
+        y += x
+        return self.act(y)
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(c, 4, 1), nn.Conv2d(4, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+class Inverted(nn.Module):
+    def __init__(self, c: int, width: int, se: bool = False) -> None:
+        super().__init__()
+        self.expand, self.bn1 = conv(c, width, 1), nn.BatchNorm2d(width)
+        self.depthwise, self.bn2 = conv(width, width, groups=width), nn.BatchNorm2d(width)
+        self.se = SqueezeExcite(width) if se else nn.Identity()
+        self.project, self.bn3 = conv(width, c, 1), nn.BatchNorm2d(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.bn2(self.depthwise(F.relu6(self.bn1(self.expand(x))))))
+        return x + self.bn3(self.project(self.se(y)))
+
+
+class PreActivation(nn.Module):
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(i), conv(i, o)
+        self.bn2, self.conv2 = nn.BatchNorm2d(o), conv(o, o)
+        self.down = conv(i, o, 1) if i != o else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(x))
+        shortcut = self.down(h) if self.down else x
+        return self.conv2(F.relu(self.bn2(self.conv1(h)))) + shortcut
+
+
+class Dropping(Basic):
+    """Dropout written as a function, which a plain trace would freeze in the mode of the trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.dropout(F.relu(self.bn1(self.conv1(x))), 0.5, self.training)))
+        return y + x
+
+
+class SharedConv(nn.Module):
+    """One convolution called twice: its rows cannot be removed for one call alone."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv = conv(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(F.relu(self.conv(x)))
+
+
+class Biased(nn.Module):
+    """Convolutions with bias and no normalisation."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = conv(c, c, bias=True), conv(c, c, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add(self.conv2(torch.sigmoid(self.conv1(x))))
+
+
+class Reparameterised(nn.Module):
+    """RepVGG: two layers side by side, no branch."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv3, self.conv1 = conv(c, c), conv(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv3(x) + self.conv1(x))
+
+
+class UsedElsewhere(nn.Module):
+    """The branch's output is also concatenated: skipping it would change what else reads it."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.branch, self.merge = conv(c, c), conv(2 * c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        return self.merge(torch.cat([x + y, y], 1))
+
+
+class HeavyShortcut(nn.Module):
+    """Both sides are deep: neither is a shortcut."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.left = nn.Sequential(conv(c, c), nn.ReLU(), conv(c, c))
+        self.right = nn.Sequential(conv(c, c), nn.ReLU(), conv(c, c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x)
+
+
+class Unused(Basic):
+    """A dead branch in forward, and parameters that forward never reads."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__(c, c)
+        self.spare = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.conv1(x)
+        return super().forward(x)
+
+
+class Network(nn.Module):
+    def __init__(self, *blocks: nn.Module, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(self.blocks(self.stem(torch.zeros(2, 3, 8, 8))).shape[1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class Case:
+    build: Callable[[], nn.Module]
+    units: tuple[int, ...]
+    """Units of each block that should be found, in order; 0: no channel gate."""
+    reason: str = ""
+    """Part of the reason of the one addition that should be refused, or of the missing channel gate."""
+
+
+CASES = {
+    "basic": Case(lambda: Network(Basic(8, 8), Basic(8, 16, 2)), (8, 16)),
+    "bottleneck": Case(lambda: Network(Bottleneck(8, 4)), (4,)),
+    "grouped": Case(lambda: Network(Bottleneck(8, 16, groups=4)), (4,)),
+    "inverted": Case(lambda: Network(Inverted(8, 24)), (24,)),
+    "squeeze-excite": Case(lambda: Network(Inverted(8, 24, se=True)), (24,)),
+    "pre-activation": Case(lambda: Network(PreActivation(8, 8), PreActivation(8, 16)), (8, 16)),
+    "functional dropout": Case(lambda: Network(Dropping(8, 8)), (8,)),
+    "biased": Case(lambda: Network(Biased(8)), (8,)),
+    "unused state": Case(lambda: Network(Unused(8)), (8,)),
+    "shared weights": Case(lambda: Network(SharedConv(8)), (0,), "more than once"),
+    "reparameterised": Case(lambda: Network(Reparameterised(8)), (), "side by side"),
+    "used elsewhere": Case(lambda: Network(UsedElsewhere(8)), (), "used elsewhere"),
+    "heavy shortcut": Case(lambda: Network(HeavyShortcut(8)), (), "no shortcut"),
+}
+GATABLE = [name for name, case in CASES.items() if case.units]
+
+
+def make(name: str, seed: int = 0) -> nn.Module:
+    """A network of the table in eval mode, with statistics and affine parameters that are not trivial."""
+    torch.manual_seed(seed)
+    network = CASES[name].build()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return network.eval()
+
+
+def images(batch: int = 4, size: int = 8, seed: int = 1) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
