@@ -89,10 +89,36 @@ def build(reference: ModelReference, pretrained: bool = False) -> nn.Module:
         if pretrained:
             raise ModelError(
                 f"the pretrained weights of {reference} could not be fetched ({_short(error)}); "
-                "check the network, or pass --weights FILE"
+                "check the network, or pass --weights FILE (and --data DIR, or the images are fetched too)"
             ) from error
         raise ModelError(f"{reference} cannot be built: {_short(error)}") from error
     return model.eval()
+
+
+def recognise(model: nn.Module) -> ModelReference | None:
+    """The reference that builds a network of this one's keys and shapes, if timm or torchvision has it."""
+    home = type(model).__module__
+    candidates: list[ModelReference] = []
+    if home.startswith("timm."):
+        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
+        if timm.is_model(name):
+            candidates.append(ModelReference("timm", name, {"num_classes": getattr(model, "num_classes", 1000)}))
+    elif home.startswith("torchvision."):
+        heads = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        weight = heads[-1].weight if heads else torch.zeros(0)
+        for name in _torchvision_names():
+            if torchvision.models.get_model_builder(name).__module__ == home:
+                candidates.append(ModelReference("torchvision", name, {"num_classes": weight.shape[0]}))
+    wanted = {k: v.shape for k, v in model.state_dict().items()}
+    for reference in candidates:
+        try:
+            with torch.device("meta"):
+                built = build(reference)
+        except (ModelError, RuntimeError, NotImplementedError):
+            continue
+        if {k: v.shape for k, v in built.state_dict().items()} == wanted:
+            return reference
+    return None
 
 
 def load_weights(model: nn.Module, file: Path) -> None:

@@ -3,7 +3,8 @@
 For each unit u the salience's pre-activation becomes k * (score_u(x) - threshold), where score_u(x) is the
 least-squares prediction, from the pooled input, of (activation of u on x) * w_u / sqrt(cost_u), and w_u scales
 activations to the Fisher information of the salience, E[(dL/dS_u)^2]. So score^2 / 2 is the expected rise of
-the loss when u is closed (optimal brain damage), per MAC, and one threshold serves the whole network.
+the loss when u is closed (optimal brain damage), per MAC, and one threshold serves the whole network. A whole
+block is too much for that second-order estimate: for blocks the rise is measured by closing them one by one.
 """
 
 import torch
@@ -21,8 +22,10 @@ SPREAD = 4.0
 class _Probe(fx.Interpreter):
     """Runs a gated network with saliences of 1 that record gradients, and notes what they multiply."""
 
-    def __init__(self, gated: fx.GraphModule) -> None:
+    def __init__(self, gated: fx.GraphModule, closed: str = "") -> None:
         super().__init__(gated)
+        self.closed = closed
+        """Name of a block that is skipped."""
         self.saliences: dict[str, list[Tensor | None]] = {}
         self.activations: dict[str, list[Tensor | None]] = {}
         self.pooled: dict[str, Tensor] = {}
@@ -47,6 +50,8 @@ class _Probe(fx.Interpreter):
             None if fc is None else torch.ones(x.shape[0], fc.out_features, device=x.device, requires_grad=True)
             for fc in (gate.block, gate.channel)
         ]
+        if name == self.closed and ones[0] is not None:
+            ones[0].data.zero_()
         self.saliences[name] = ones
         self.activations[name] = [None, None]
         return ones[0], ones[1]
@@ -92,14 +97,18 @@ def start_from_data(
     fits: list[tuple[nn.Linear, Tensor, Tensor]] = []
     spread: list[Tensor] = []
     weights = unit_weights(gated)
+    damage = _block_damage(gated, images, chosen[: count // 16])
     for name, gate in gates_of(gated).items():
         pooled = torch.cat([r[0] for r in rows[name]]).double()
         for kind, fc in enumerate((gate.block, gate.channel)):
             if fc is None:
                 continue
             activation = torch.cat([r[1][kind] for r in rows[name]]).double()  # type: ignore[misc]
-            slope = torch.cat([r[2][kind] for r in rows[name]]).double()  # type: ignore[misc]
-            fisher = (slope.square().mean(0) / activation.square().mean(0).clamp_min(1e-12)).sqrt()
+            if kind == 0:
+                rise = 2 * damage[name]
+            else:
+                rise = torch.cat([r[2][kind] for r in rows[name]]).double().square().mean(0)  # type: ignore[misc]
+            fisher = (rise / activation.square().mean(0).clamp_min(1e-12)).sqrt()
             wanted = activation * fisher / weights[name][kind] ** 0.5
             weight, bias = _ridge(pooled, wanted)
             fits.append((fc, weight, bias))
@@ -112,6 +121,21 @@ def start_from_data(
             fc.bias.copy_(k * bias)
     gated.train(was_training)
     return k
+
+
+@torch.no_grad()
+def _block_damage(gated: fx.GraphModule, images: ImageSet, chosen: Tensor) -> dict[str, Tensor]:
+    """Mean KL divergence from the network's predictions when each block with a block gate is skipped."""
+    device = next(gated.parameters()).device
+    x = normalise(images.__getitems__(chosen.tolist())[0].to(device), gated.meta["input"])
+    whole = _Probe(gated).run(x).double().log_softmax(1)
+    return {
+        name: nn.functional.kl_div(
+            _Probe(gated, closed=name).run(x).double().log_softmax(1), whole, log_target=True, reduction="batchmean"
+        )
+        for name, gate in gates_of(gated).items()
+        if gate.block is not None
+    }
 
 
 def _ridge(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

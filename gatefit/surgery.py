@@ -12,7 +12,7 @@ from gatefit.channels import with_channel_units
 from gatefit.errors import ConversionError, RecipeError
 from gatefit.gates import PREFIX, Gate, GateForm, scale
 from gatefit.graph import trace
-from gatefit.models import input_spec
+from gatefit.models import input_spec, recognise
 from gatefit.verify import verify
 
 GateKinds = Literal["lc", "l", "c"]
@@ -59,6 +59,7 @@ def retrofit(
     """
     example = default_example(model) if example is None else example
     gated = rewrite(model, example, gates, form)
+    gated.meta["reference"] = recognise(model)
     gated.meta["verification"] = verify(model, gated, _random_like(model, example))
     return gated
 

@@ -1,0 +1,246 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from gatefit.cli import app
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = f"{ROOT}/examples/cifar_resnet.py"
+QUICK = """
+[model]
+name = "MODEL:resnet8"
+image_size = 8
+[data]
+name = "digits"
+[baseline]
+epochs = 3
+batch_size = 64
+[finetune]
+epochs = 3
+batch_size = 64
+target = 0.7
+flip = false
+recalibrate = 500
+"""
+
+
+def gatefit(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refused(*arguments, exit_code=1):
+    """Run a command that must end in one line, without a traceback."""
+    result = gatefit(*arguments)
+    assert result.exit_code == exit_code, (result.output, result.exception)
+    lines = [x for x in result.stderr.strip().splitlines() if x.startswith("gatefit: ")]
+    assert len(lines) == 1 and "Traceback" not in result.output + result.stderr
+    return lines[0]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    file = tmp_path / "quick.toml"
+    file.write_text(QUICK.replace("MODEL", EXAMPLE))
+    return file
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted")
+    file = folder / "quick.toml"
+    file.write_text(QUICK.replace("MODEL", EXAMPLE))
+    result = gatefit("convert", "--recipe", file, "--out", folder / "out", "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    return folder / "out", json.loads(result.stdout)
+
+
+def test_the_output_folder(converted):
+    folder, report = converted
+    assert {f.name for f in folder.iterdir()} == {
+        "model.safetensors", "original.safetensors", "config.json", "recipe.toml", "report.json",
+    }  # fmt: skip
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert report["gated"]["share"] == pytest.approx(0.7, abs=0.02)
+    assert report["gated"]["macs_sequential"] < report["gated"]["macs_parallel"] < report["dense"]["macs"]
+    assert {"model", "data", "seed"} <= set(report)
+    assert [set(g) >= {"name", "block_open", "channel_open"} for g in report["gates"]] == [True] * 3
+
+
+def test_the_written_recipe_gives_the_same_figures(converted, tmp_path):
+    folder, report = converted
+    result = gatefit("convert", "--recipe", folder / "recipe.toml", "--out", tmp_path / "again", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == report
+
+
+def test_evaluate_repeats_the_report(converted):
+    folder, report = converted
+    result = gatefit("evaluate", folder, "--json")
+    again = json.loads(result.stdout)
+    assert again["gated"] == report["gated"] and again["dense"] == report["dense"]
+    shown = gatefit("evaluate", folder)
+    assert "original" in shown.stdout and "gated, parallel" in shown.stdout and "█" in shown.stdout
+
+
+def test_inspect():
+    result = gatefit("inspect", "test_resnet", "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and found["blocks"] and found["blocks"][0]["macs"] > 0
+    assert "under a channel gate" in gatefit("inspect", "test_resnet").stdout
+    assert "no residual block" in refused("inspect", "torchvision/vgg11")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet81", "--l1", "1e-4", "--data", "digits"], "did you mean resnet"),
+        (["torchvision/vgg11", "--l1", "1e-4", "--data", "digits"], "no residual block"),
+        (["test_resnet", "--l1", "-1", "--data", "digits"], "l1 must be 0 or more"),
+        (["test_resnet", "--l1", "1", "--target", "0.5"], "not both"),
+        (["test_resnet", "--target", "5", "--data", "digits"], "between 0 and 1"),
+        (["test_resnet", "--data", "digits"], "give --l1 X or --target SHARE"),
+        ([], "no model"),
+        (["test_resnet", "--l1", "1", "--data", "/nowhere/x"], "no folder or tar"),
+        (["test_resnet", "--l1", "1", "--recipe", "/nowhere.toml"], "cannot be read"),
+        (["test_resnet", "--l1", "1", "--weights", "/nowhere.safetensors"], "no weight file"),
+        (["test_resnet", "--l1", "1", "--device", "abacus"], "--device must be"),
+        (["test_resnet", "--l1", "1", "--weights", "x", "--pretrained"], "not both"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_line_and_leaves_nothing(arguments, message, tmp_path):
+    out = tmp_path / "out"
+    options = arguments or ["--l1", "1"]
+    assert message in refused("convert", *options, "--out", out)
+    assert not out.exists()
+
+
+def test_an_unknown_option_is_an_error():
+    result = gatefit("convert", "resnet18", "--l2", "1")
+    assert result.exit_code == 2 and "No such option" in result.stderr
+
+
+def test_classes_that_do_not_fit_an_untrained_network(tmp_path):
+    for split in ("train", "val"):
+        for name in "abc":
+            (tmp_path / "d" / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "d" / split / name / "x.png")
+    line = refused("convert", f"{EXAMPLE}:resnet8", "--data", tmp_path / "d", "--l1", "1", "--out", tmp_path / "o")
+    assert "10 outputs, the data 3 classes" in line
+
+
+def test_output_folders(converted, recipe, tmp_path):
+    folder, _ = converted
+    assert "exists; choose another --out" in refused("convert", "--recipe", recipe, "--out", folder)
+    assert "is complete" in refused("convert", "--recipe", folder / "recipe.toml", "--out", folder, "--resume")
+    assert "another recipe" in refused("convert", "--recipe", recipe, "--seed", "4", "--out", folder, "--resume")
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused("convert", "--recipe", recipe, "--out", tmp_path / "file")
+
+
+def test_nan_leaves_nothing(recipe, tmp_path):
+    recipe.write_text(recipe.read_text() + "lr = 1e12\n")
+    assert "not finite" in refused("convert", "--recipe", recipe, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pretrained_without_a_network_names_the_options(tmp_path, monkeypatch):
+    def unreachable(*_args, **_kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.create_model", unreachable)
+    line = refused("convert", "resnet50", "--pretrained", "--l1", "1e-4", "--out", tmp_path / "out")
+    assert "timm/resnet50 could not be fetched" in line and "--weights FILE" in line and "--data DIR" in line
+
+
+def test_pretrained_from_a_primed_cache(tmp_path, monkeypatch):
+    """The real code path of --pretrained, with the file that a download would have left."""
+    import timm
+    import torch
+
+    torch.manual_seed(3)
+    model = timm.create_model("test_resnet", num_classes=10)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    original = timm.create_model
+
+    def primed(name, pretrained=False, **kwargs):
+        kwargs.setdefault("num_classes", 10)
+        overlay = {"file": str(tmp_path / "w.pth"), "num_classes": 10}
+        return original(
+            name, pretrained=pretrained, **kwargs, **({"pretrained_cfg_overlay": overlay} if pretrained else {})
+        )
+
+    monkeypatch.setattr("timm.create_model", primed)
+    result = gatefit(
+        "convert", "test_resnet", "--pretrained", "--l1", "1e-4", "--data", "digits", "--epochs", "0",
+        "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "out" / "original.safetensors")
+    assert torch.equal(saved["fc.weight"], model.state_dict()["fc.weight"])
+
+
+def test_no_data_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+
+    def unreachable(*_args, **_kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.Imagenette.__init__", unreachable)
+    result = gatefit("convert", "test_resnet", "--l1", "1", "--out", tmp_path / "out")
+    assert "Imagenette" in result.stderr and "pass --data DIR" in " ".join(result.stderr.split())
+
+
+def command(recipe, out, *more):
+    return [sys.executable, "-m", "gatefit", "convert", "--recipe", str(recipe), "--out", str(out), *more]
+
+
+def test_killed_and_resumed_ends_as_if_it_had_not_been(converted, recipe, tmp_path):
+    out = tmp_path / "out"
+    recipe.write_text((converted[0] / "recipe.toml").read_text())
+    process = subprocess.Popen(command(recipe, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    limit = time.monotonic() + 120
+    while not (out / "checkpoint.safetensors").exists() and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "report.json").exists(), "the run ended before it could be killed"
+    done = subprocess.run(command(recipe, out, "--resume", "--json"), capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == converted[1]
+
+
+def test_ctrl_c_says_how_to_go_on(recipe, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(recipe, out), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    limit = time.monotonic() + 120
+    while not (out / "checkpoint-baseline.safetensors").exists() and time.monotonic() < limit:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume goes on" in errors and "Traceback" not in errors
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(recipe, tmp_path):
+    tmp_path.chmod(0o500)
+    assert "cannot be written" in refused("convert", "--recipe", recipe, "--out", tmp_path / "out")
+
+
+def test_launched_by_accelerate(recipe, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    arguments = ["convert", "--recipe", str(recipe), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "gatefit", *arguments], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["gated"]["share"] == pytest.approx(0.7, abs=0.03)

@@ -1,0 +1,318 @@
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from networks import Basic, Network
+from torch import nn
+
+import gatefit
+from gatefit.control import price_threshold, threshold_for
+from gatefit.cost import costs_of, macs_per_image, opens_of
+from gatefit.data import as_images, read_data
+from gatefit.errors import CheckpointError, RecipeError, TrainingError
+from gatefit.finetune import train_dense
+from gatefit.gates import gates_of, outputs_of
+from gatefit.models import InputSpec
+from gatefit.recipe import FinetunePart
+from gatefit.start import start_from_data
+from gatefit.training import _optimizer, augment, recalibrate
+
+SPEC = InputSpec((3, 8, 8), (0.3,) * 3, (0.35,) * 3)
+SHORT = FinetunePart(epochs=4, batch_size=64, target=0.6, flip=False, recalibrate=600)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return read_data("digits", SPEC)
+
+
+def network():
+    net = Network(Basic(8, 8), Basic(8, 16, 2), Basic(16, 16))
+    net.pretrained_cfg = {"input_size": SPEC.shape, "mean": SPEC.mean, "std": SPEC.std}
+    return net
+
+
+@pytest.fixture(scope="module")
+def dense(digits):
+    torch.manual_seed(0)
+    model = network()
+    train_dense(model, digits.train, SPEC, FinetunePart(epochs=6, batch_size=64, lr=0.1, flip=False))
+    return model
+
+
+def gate(dense, gates="lc", form="step"):
+    return gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), gates, form)
+
+
+@pytest.mark.parametrize("target", [0.8, 0.5])
+@pytest.mark.parametrize(("gates", "form"), [("c", "step"), ("lc", "step"), ("c", "relu1"), ("lc", "relu1")])
+def test_the_closed_loop_ends_at_the_target(dense, digits, gates, form, target):
+    gated = gate(dense, gates, form)
+    history = gatefit.finetune(gated, digits, dense, target=target, settings=replace(SHORT, target=None))
+    result = gatefit.evaluate(gated, digits, dense)
+    assert result.share == pytest.approx(target, abs=0.02)
+    assert result.accuracy > (0.9 if target == 0.8 else 0.5) and result.dense_accuracy > 0.95
+    assert history[-1].share == pytest.approx(target, abs=0.05)
+    assert not gated.training
+
+
+def test_different_images_take_different_paths(dense, digits):
+    gated = gate(dense)
+    gatefit.finetune(gated, digits, dense, settings=SHORT)
+    result = gatefit.evaluate(gated, digits)
+    assert result.paths > 20 and float(result.macs.std()) > 0 and result.agreement is None
+    assert max(g.distinct for g in result.gates) > 5
+
+
+def test_a_higher_l1_closes_more(dense, digits):
+    shares = []
+    for l1 in (1e-5, 1e-3, 1e-1):
+        gated = gate(dense)
+        gatefit.finetune(gated, digits, dense, l1=l1, settings=replace(SHORT, target=None, epochs=2))
+        shares.append(gatefit.evaluate(gated, digits).share)
+    assert shares[0] > shares[1] > shares[2]
+
+
+def test_the_papers_form_closes_gates_too(dense, digits):
+    """ReLU-1 from the identity with plain L1, no distillation: only the gradient closes gates."""
+    gated = gate(dense, form="relu1")
+    settings = replace(SHORT, target=None, l1=0.02, penalty="plain", distillation=0.0, gate_lr=0.05, epochs=6)
+    gatefit.finetune(gated, digits, settings=settings, start="identity")
+    result = gatefit.evaluate(gated, digits)
+    assert result.share < 0.9 and result.accuracy > 0.8
+
+
+def test_the_start_predicts_what_matters(dense, digits):
+    """At the same share of MACs, closing by the data-driven start costs less than closing at random."""
+    gated = gate(dense, "c")
+    start_from_data(gated, digits.train, count=1000)
+    costs = costs_of(gated, SPEC.shape)
+
+    def accuracy_at_share(share):
+        for _ in range(3):
+            gated(torch.cat([_floats(digits, i) for i in range(0, 300, 100)]))
+            shift = threshold_for(gated, costs, share)
+            for g, _ in outputs_of(gated):
+                g.channel.bias.data -= shift
+        return gatefit.evaluate(gated, digits).accuracy
+
+    informed = accuracy_at_share(0.8)
+    for g in gates_of(gated).values():
+        order = torch.randperm(g.of.units, generator=torch.Generator().manual_seed(0))
+        g.channel.weight.data = g.channel.weight.data[order]
+        g.channel.bias.data = g.channel.bias.data[order]
+    assert informed > 0.8 and informed > accuracy_at_share(0.8) + 0.1
+
+
+def _floats(digits, start):
+    from gatefit.data import normalise
+
+    return normalise(digits.train.__getitems__(list(range(start, start + 100)))[0], SPEC)
+
+
+def test_threshold_meets_the_share_on_its_batch(dense, digits):
+    gated = gate(dense, "lc").eval()
+    start_from_data(gated, digits.train, count=600)
+    costs = costs_of(gated, SPEC.shape)
+    gated(_floats(digits, 0))
+    shift = threshold_for(gated, costs, 0.7)
+    for g, out in outputs_of(gated):
+        g.outputs = type(out)(out.block - shift, out.channel - shift)
+    assert float(macs_per_image(costs, opens_of(gated)).mean()) / costs.dense == pytest.approx(0.7, abs=0.02)
+
+
+def test_the_guard_keeps_every_gate_alive(dense, digits):
+    gated = gate(dense)
+    gatefit.finetune(gated, digits, dense, l1=1e3, settings=replace(SHORT, target=None, keep=0.25, epochs=2))
+    for use in gatefit.evaluate(gated, digits).gates:
+        assert use.block_open > 0.05 and use.channel_open > 0.05
+
+
+def test_without_labels_distillation_trains(dense, digits):
+    bare = replace(digits.train, labels=None, classes=())
+    gated = gate(dense)
+    history = gatefit.finetune(gated, bare, dense, settings=SHORT)
+    assert history[0].accuracy is None
+    assert gatefit.evaluate(gated, digits, dense).agreement > 0.9
+
+
+def test_from_scratch(digits):
+    """Backbone and gates together, no teacher."""
+    gated = gate(network())
+    gatefit.finetune(gated, digits, settings=replace(SHORT, lr=0.1, epochs=8, target=0.7))
+    result = gatefit.evaluate(gated, digits)
+    assert result.accuracy > 0.85 and result.share == pytest.approx(0.7, abs=0.02)
+
+
+def test_a_broken_run_ends_as_if_it_had_not_been(dense, digits, tmp_path):
+    whole = gate(dense)
+    gatefit.finetune(whole, digits, dense, settings=SHORT, seed=3)
+    broken = gate(dense)
+
+    class Killed(Exception):
+        pass
+
+    def kill(progress):
+        if progress.step == 53:
+            raise Killed
+
+    with pytest.raises(Killed):
+        gatefit.finetune(
+            broken, digits, dense, settings=SHORT, seed=3, report=kill, checkpoint=tmp_path / "c.safetensors"
+        )
+    again = gate(dense)
+    steps = []
+    history = gatefit.finetune(
+        again, digits, dense, settings=SHORT, seed=3, checkpoint=tmp_path / "c.safetensors", resume=True,
+        report=lambda p: steps.append(p.step),
+    )  # fmt: skip
+    assert steps[0] == 45 and len(history) == 4
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_a_damaged_checkpoint_is_named(dense, digits, tmp_path):
+    file = tmp_path / "c.safetensors"
+    file.write_bytes(b"x" * 100)
+    with pytest.raises(CheckpointError, match="damaged or of another run"):
+        gatefit.finetune(gate(dense), digits, dense, settings=SHORT, checkpoint=file, resume=True)
+
+
+def test_nan_is_refused(dense, digits):
+    with pytest.raises(TrainingError, match="not finite at step"):
+        gatefit.finetune(gate(dense), digits, dense, settings=replace(SHORT, lr=1e9))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": None}, "give --l1 X or --target"),
+        ({"target": 0.05}, "cannot be reached"),
+        ({"batch_size": 5000}, "more than the 1437 training images"),
+        ({"accumulate": 3}, "cannot be divided"),
+    ],
+)
+def test_settings_that_cannot_work(dense, digits, change, message):
+    with pytest.raises(RecipeError, match=message):
+        gatefit.finetune(gate(dense), digits, dense, settings=replace(SHORT, **change))
+
+
+def test_target_needs_the_data_start(dense, digits):
+    with pytest.raises(RecipeError, match="with 'identity' use l1"):
+        gatefit.finetune(gate(dense), digits, dense, settings=SHORT, start="identity")
+
+
+def test_accumulation_sees_the_same_images(dense, digits):
+    """BN sees smaller batches, all else is the same: losses agree closely."""
+    losses = []
+    for accumulate in (1, 2):
+        gated = gate(dense)
+        settings = replace(SHORT, epochs=1, accumulate=accumulate)
+        losses.append(gatefit.finetune(gated, digits, dense, settings=settings)[0].loss)
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+
+
+def test_gates_have_their_own_rate_and_no_decay(dense):
+    gated = gate(dense)
+    settings = FinetunePart(lr=0.5, gate_lr=0.25, weight_decay=0.1)
+    backbone, gates = _optimizer(gated, settings).param_groups
+    own = {id(p) for g in gates_of(gated).values() for p in g.parameters()}
+    assert {id(p) for p in gates["params"]} == own
+    assert (gates["weight_decay"], gates["peak"], backbone["weight_decay"], backbone["peak"]) == (0, 0.25, 0.1, 0.5)
+    assert len(backbone["params"]) + len(gates["params"]) == len(list(gated.parameters()))
+
+
+def test_augmentation_depends_on_the_image_and_the_epoch_alone():
+    x = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    index = torch.tensor([5, 2, 9, 7, 1, 0])
+    whole = augment(x, index, 10, 0, 3, True)
+    assert torch.equal(whole[2:4], augment(x[2:4], index[2:4], 10, 0, 3, True))
+    assert not torch.equal(whole, augment(x, index, 10, 0, 4, True))
+    assert whole.shape == x.shape
+
+
+def test_recalibration_is_the_average_over_batches():
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5))
+    batches = [torch.randn(50, 2) + 3, torch.randn(50, 2) - 1]
+    recalibrate(net, iter(batches))
+    assert torch.allclose(net[0].running_mean, torch.stack([b.mean(0) for b in batches]).mean(0), atol=1e-6)
+    assert net[0].momentum == 0.1 and not net[0].training
+
+
+def test_price_rises_with_l1():
+    assert price_threshold(0, 4) == 0
+    assert price_threshold(0.08, 2.0) == pytest.approx(0.8)
+
+
+def test_teacher_is_untouched(dense, digits):
+    before = copy.deepcopy(dense.state_dict())
+    gatefit.finetune(gate(dense), digits, dense, settings=replace(SHORT, epochs=1))
+    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
+    assert all(p.requires_grad for p in dense.parameters())
+
+
+WORKER = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+from dataclasses import replace
+import gatefit
+from test_finetune import SHORT, SPEC, gate, network
+from gatefit.data import read_data
+from safetensors.torch import load_file
+from accelerate import PartialState
+PartialState(cpu=True)
+digits = read_data("digits", SPEC)
+dense = network(); dense.load_state_dict(load_file(sys.argv[2])); dense.eval()
+gated = gate(dense)
+history = gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=3))
+result = gatefit.evaluate(gated, digits, dense)
+if PartialState().is_main_process:
+    out = {"world": PartialState().num_processes, "accuracy": result.accuracy, "share": result.share,
+           "losses": [e.loss for e in history]}
+    open(sys.argv[3], "w").write(json.dumps(out))
+"""
+
+
+def test_two_processes_reach_the_result_of_one(dense, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(dense.state_dict(), tmp_path / "w.safetensors")
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    here = str(Path(__file__).parent)
+    results = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.json"
+        workers = []
+        for rank in range(world):
+            env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+            if world > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+            command = [sys.executable, str(script), here, str(tmp_path / "w.safetensors"), str(out)]
+            workers.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+        errors = [w.communicate(timeout=240)[1] for w in workers]
+        assert all(w.returncode == 0 for w in workers), errors
+        results.append(json.loads(out.read_text()))
+    one, two = results
+    assert (one["world"], two["world"]) == (1, 2)
+    assert two["accuracy"] == pytest.approx(one["accuracy"], abs=0.03)
+    assert two["share"] == pytest.approx(one["share"], abs=0.02)
+    assert two["losses"] == pytest.approx(one["losses"], rel=0.5)  # BN sees half a batch in each process
+
+
+def test_tensors_are_data_too(dense, digits):
+    pair = (torch.randn(128, 3, 8, 8), torch.randint(0, 10, (128,)))
+    gated = gate(dense)
+    gatefit.finetune(gated, pair, dense, settings=replace(SHORT, epochs=1, recalibrate=100))
+    assert gatefit.evaluate(gated, as_images(pair, SPEC)).images == 128

@@ -1,0 +1,111 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from networks import images, make
+from safetensors.torch import load_file, save_file
+
+import gatefit
+from gatefit.errors import CheckpointError
+from gatefit.models import ModelReference, build
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    reference = ModelReference("timm", "test_resnet", {"num_classes": 7})
+    gated = gatefit.retrofit(build(reference), torch.zeros(2, 3, 64, 64))
+    gated.meta["reference"] = reference
+    for p in gated.parameters():
+        p.data.add_(0.01 * torch.randn_like(p))
+    gatefit.save(gated, tmp_path)
+    return gated, tmp_path
+
+
+def test_a_new_process_gets_the_same_bits(saved, tmp_path):
+    gated, folder = saved
+    x = torch.randn(3, 3, 64, 64)
+    save_file({"x": x, "y": gated(x).detach()}, folder / "io.safetensors")
+    code = (
+        "import sys, torch, gatefit; from safetensors.torch import load_file;"
+        "d = sys.argv[1]; t = load_file(d + '/io.safetensors');"
+        "sys.exit(not torch.equal(gatefit.load(d)(t['x']), t['y']))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == 0
+
+
+def test_an_own_network_is_loaded_into_its_architecture(tmp_path):
+    gated = gatefit.retrofit(make("grouped"), images(), "c", "step")
+    gatefit.save(gated, tmp_path)
+    assert torch.equal(gatefit.load(tmp_path, make("grouped", seed=5))(images()), gated(images()))
+    with pytest.raises(CheckpointError, match="network of your own"):
+        gatefit.load(tmp_path)
+    with pytest.raises(CheckpointError, match="do not fit the network"):
+        gatefit.load(tmp_path, make("basic"))
+
+
+def test_truncated_weights(saved):
+    _, folder = saved
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        gatefit.load(folder)
+
+
+def test_tampered_weights(saved):
+    _, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    tensors["fc.bias"] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is not the file"):
+        gatefit.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("blocks"), "keys are missing"),
+        (lambda c: c.update(format=99), "has format 99"),
+        (lambda c: c["blocks"].pop(), "do not fit the network"),
+    ],
+)
+def test_tampered_config(saved, change, message):
+    _, folder = saved
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        gatefit.load(folder)
+
+
+def test_missing_and_damaged_config(saved, tmp_path):
+    _, folder = saved
+    with pytest.raises(CheckpointError, match="no file"):
+        gatefit.load(tmp_path / "none")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        gatefit.load(folder)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    gated = gatefit.retrofit(make("basic"), images())
+    gatefit.save(gated, tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        gatefit.save(gated, tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_networks_that_timm_or_torchvision_made_need_no_reference(tmp_path):
+    gated = gatefit.retrofit(timm.create_model("test_resnet", num_classes=5).eval(), torch.zeros(2, 3, 64, 64))
+    gatefit.save(gated, tmp_path)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(gatefit.load(tmp_path)(x), gated(x))
