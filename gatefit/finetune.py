@@ -1,6 +1,6 @@
 """The fine-tune: train a gated network until the MACs that really run are those that were asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +16,11 @@ from gatefit.penalty import salience_penalty
 from gatefit.recipe import FinetunePart
 from gatefit.start import start_from_data
 from gatefit.training import Epoch, Report, Trainer, generator, loader, recalibrate
+
+MEETING_IMAGES = 2000
+MEETING_ROUNDS = 3
+"""Training images, and passes over them, on which the final threshold is found."""
+SETTLING_BATCH = 100
 
 
 def finetune(
@@ -137,29 +142,30 @@ class GateClosing:
     @torch.no_grad()
     def settle(self) -> None:
         """BN statistics with the final hard gates, and the threshold that meets the target with them."""
-        count = min(self.settings.recalibrate, len(self.images))
-        if not count:
-            return
-        chosen = torch.randperm(len(self.images), generator=generator(self.seed, -1))[:count]
-        batches = [b.tolist() for b in chosen.split(200)]
-        self._meet_target(batches)
-        if self.settings.epochs:
-            recalibrate(self.gated, (self._ready(x) for x, _, _ in loader(self.images, batches)))
-            self._meet_target(batches)
+        self._meet_target()
+        if self.settings.recalibrate and self.settings.epochs:
+            recalibrate(self.gated, self._some(self.settings.recalibrate))
+            self._meet_target()
         self.gated.eval()
 
-    def _meet_target(self, batches: list[list[int]]) -> None:
+    def _meet_target(self) -> None:
         """Later blocks see what earlier ones closed, so the threshold is found in a few rounds."""
         s = self.settings
         if s.target is None:
             return
         self.gated.eval()
-        for _ in range(3):
+        for _ in range(MEETING_ROUNDS):
             shifts = []
-            for images, _, _ in loader(self.images, batches[:15]):
-                self.gated(self._ready(images))
+            for batch in self._some(MEETING_IMAGES):
+                self.gated(batch)
                 shifts.append(threshold_for(self.gated, self.costs, s.target, s.keep))
             lower(self.gated, sum(shifts) / len(shifts), s.keep)
+
+    def _some(self, count: int) -> Iterator[Tensor]:
+        """Batches of `count` training images, the same each time, not augmented."""
+        chosen = torch.randperm(len(self.images), generator=generator(self.seed, -1))[:count]
+        batches = [b.tolist() for b in chosen.split(SETTLING_BATCH)]
+        return (self._ready(x) for x, _, _ in loader(self.images, batches))
 
     def _ready(self, images: Tensor) -> Tensor:
         device = next(self.gated.parameters()).device

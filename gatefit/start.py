@@ -67,7 +67,7 @@ def _mean_size(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) ->
 
 
 def start_from_data(
-    gated: fx.GraphModule, images: ImageSet, count: int = 8000, batch: int = 100, seed: int = 0
+    gated: fx.GraphModule, images: ImageSet, count: int = 5000, batch: int = 50, seed: int = 0
 ) -> float:
     """Set the gates' weights from `count` images, no labels needed; all gates stay open (threshold 0).
 

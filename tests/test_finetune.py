@@ -58,7 +58,7 @@ def test_the_closed_loop_ends_at_the_target(dense, digits, gates, form, target):
     history = gatefit.finetune(gated, digits, dense, target=target, settings=replace(SHORT, target=None))
     result = gatefit.evaluate(gated, digits, dense)
     assert result.share == pytest.approx(target, abs=0.02)
-    assert result.accuracy > (0.9 if target == 0.8 else 0.5) and result.dense_accuracy > 0.95
+    assert result.accuracy > (0.9 if target == 0.8 else 0.3) and result.dense_accuracy > 0.95
     assert history[-1].share == pytest.approx(target, abs=0.05)
     assert not gated.training
 

@@ -59,7 +59,7 @@ def test_pretrained_without_a_network(monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(timm, "create_model", unreachable)
-    with pytest.raises(ModelError, match="weights of timm/resnet50 could not be fetched .*--weights FILE"):
+    with pytest.raises(ModelError, match=r"weights of timm/resnet50 could not be fetched .*--weights FILE"):
         build(parse_reference("resnet50"), pretrained=True)
 
 
