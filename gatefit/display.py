@@ -73,7 +73,7 @@ def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
         table.add_row(
             block.name,
             mega(block.macs),
-            gated.target if gated else f"none: {block.no_channel_gate}",
+            gated.target.removeprefix(f"{block.name}.") if gated else f"none: {block.no_channel_gate}",
             str(block.channels or "-"),
             str(block.units or "-"),
             mega(scaled) if gated else "-",

@@ -104,6 +104,8 @@ class GateClosing:
         self.costs = costs_of(gated, gated.meta["input"].shape)
         if settings.l1 is None and settings.target is None:
             raise RecipeError("give --l1 X or --target SHARE: without either no gate would close")
+        if start != "data" and not settings.epochs:
+            raise RecipeError("with gates.start = 'identity' and no epochs no gate would close; train, or use 'data'")
         if settings.target is not None:
             if start != "data":
                 raise RecipeError("a target needs gates.start = 'data'; with 'identity' use l1")
@@ -142,9 +144,14 @@ class GateClosing:
     @torch.no_grad()
     def settle(self) -> None:
         """BN statistics with the final hard gates, and the threshold that meets the target with them."""
+        s = self.settings
+        if not s.epochs and s.l1:
+            for batch in self._some(SETTLING_BATCH):
+                self.gated.eval()(batch)
+                lower(self.gated, price_threshold(s.l1, self.factor), s.keep)
         self._meet_target()
-        if self.settings.recalibrate and self.settings.epochs:
-            recalibrate(self.gated, self._some(self.settings.recalibrate))
+        if s.recalibrate and s.epochs:
+            recalibrate(self.gated, self._some(s.recalibrate))
             self._meet_target()
         self.gated.eval()
 

@@ -59,7 +59,7 @@ def test_the_closed_loop_ends_at_the_target(dense, digits, gates, form, target):
     result = gatefit.evaluate(gated, digits, dense)
     assert result.share == pytest.approx(target, abs=0.02)
     assert result.accuracy > (0.9 if target == 0.8 else 0.3) and result.dense_accuracy > 0.95
-    assert history[-1].share == pytest.approx(target, abs=0.05)
+    assert history[-1].share == pytest.approx(target, abs=0.1)
     assert not gated.training
 
 
@@ -78,6 +78,16 @@ def test_a_higher_l1_closes_more(dense, digits):
         gatefit.finetune(gated, digits, dense, l1=l1, settings=replace(SHORT, target=None, epochs=2))
         shares.append(gatefit.evaluate(gated, digits).share)
     assert shares[0] > shares[1] > shares[2]
+
+
+def test_without_training_the_start_alone_closes(dense, digits):
+    settings = replace(SHORT, target=None, epochs=0)
+    for wanted in ({"l1": 1e-3}, {"target": 0.9}):
+        gated = gate(dense, "c")
+        assert gatefit.finetune(gated, digits, dense, settings=settings, **wanted) == []
+        assert gatefit.evaluate(gated, digits).share < 0.99
+    with pytest.raises(RecipeError, match="no gate would close"):
+        gatefit.finetune(gate(dense), digits, l1=1.0, settings=settings, start="identity")
 
 
 def test_the_papers_form_closes_gates_too(dense, digits):
