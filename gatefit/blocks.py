@@ -18,6 +18,8 @@ class Layer:
 
     name: str
     """Qualified name of its module, or of its node for a functional call."""
+    node: str
+    """The graph node that calls it in this branch."""
     macs: int
     """Multiply-accumulates per image when it runs whole."""
     scaled: bool = False
@@ -45,6 +47,18 @@ class MaskPoint:
 
 
 @dataclass(frozen=True)
+class Consumer:
+    """The one layer that reads the masked channels, behind which what they were predicted to be may be filled in."""
+
+    name: str
+    """Qualified name of the layer."""
+    node: str
+    axis: int
+    """Channel axis of its output."""
+    channels: int
+
+
+@dataclass(frozen=True)
 class ChannelUnits:
     """What the channel gate of one block controls."""
 
@@ -58,6 +72,8 @@ class ChannelUnits:
     """Everything that a closed unit makes dead."""
     scaled: frozenset[str]
     """Names of the layers whose work shrinks with the open units."""
+    consumer: Consumer | None
+    """None where several layers read the channels, or not as they are masked."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +134,7 @@ class FoundBlocks:
 def node_macs(traced: fx.GraphModule, node: fx.Node) -> int:
     """MACs per image of one node: those of a convolution or linear layer, 0 for all else.
 
-    Also counts functional calls and matrix products of activations (attention), as
-    torch's FlopCounterMode does.
+    Functional calls of either count too; products of two activations, as in attention, do not.
     """
     module = module_of(traced, node)
     shape = shape_of(node)
@@ -320,7 +335,7 @@ def _describe(
         nodes=frozenset(n.name for n in match.cone),
         features=shape[axis],
         entry_axis=axis,
-        layers=tuple(Layer(layer_name(n), macs[n], first=n is weighted[0]) for n in weighted),
+        layers=tuple(Layer(layer_name(n), n.name, macs[n], first=n is weighted[0]) for n in weighted),
         gated=None,
     )
 
@@ -357,7 +372,7 @@ def _nest(blocks: list[ResidualBlock]) -> tuple[ResidualBlock, ...]:
     for block in blocks:
         around = [b for b in blocks if block.add in b.nodes]
         parent = min(around, key=lambda b: len(b.nodes)).name if around else None
-        inner = {layer.name for b in blocks if b.add in block.nodes for layer in b.layers}
-        layers = tuple(layer for layer in block.layers if layer.name not in inner)
+        inner = {layer.node for b in blocks if b.add in block.nodes for layer in b.layers}
+        layers = tuple(layer for layer in block.layers if layer.node not in inner)
         nested.append(replace(block, parent=parent, layers=layers))
     return tuple(nested)

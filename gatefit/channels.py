@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from gatefit.blocks import ChannelUnits, FoundBlocks, MaskPoint, ResidualBlock, Slice, layer_name
+from gatefit.blocks import ChannelUnits, Consumer, FoundBlocks, MaskPoint, ResidualBlock, Slice, layer_name
 from gatefit.graph import WEIGHTED, module_of, shape_of
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -82,6 +82,7 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
 def _units_from(traced: fx.GraphModule, block: ResidualBlock, start: fx.Node, module: nn.Module) -> ChannelUnits:
     """The channel units of one block with the outputs of layer `start` as channels."""
     _check_called_once(traced, start)
+    _check_plain(module)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise _NoChannelGate("transposed convolution")
     axis, channels = _output_channels(start, module)
@@ -115,12 +116,18 @@ def _units_from(traced: fx.GraphModule, block: ResidualBlock, start: fx.Node, mo
         ),
         slices=tuple(Slice(tensor, axis, size // walk.units) for tensor, axis, size in walk.slices),
         scaled=frozenset(walk.scaled),
+        consumer=_only_consumer(walk, set(masks)),
     )
 
 
 def _check_called_once(traced: fx.GraphModule, node: fx.Node) -> None:
     if len(traced.graph.find_nodes(op="call_module", target=node.target)) > 1:
         raise _NoChannelGate(f"the weights of '{node.target}' are used more than once")
+
+
+def _check_plain(module: nn.Module) -> None:
+    if "weight" not in module._parameters:
+        raise _NoChannelGate("its weight is computed (weight or spectral normalisation)")
 
 
 def _output_channels(node: fx.Node, module: nn.Module) -> tuple[int, int]:
@@ -139,6 +146,7 @@ def _step(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
     if module is not None and next(module.parameters(), None) is not None:
         _check_called_once(walk.traced, user)
     if isinstance(module, WEIGHTED):
+        _check_plain(module)
         passed = _through_layer(walk, node, user, module)
         if passed is None:
             walk.consumers.add((node, user))
@@ -232,6 +240,17 @@ def _spatial_mean(node: fx.Node) -> bool:
 
 def _reads_shape(node: fx.Node) -> bool:
     return node.target in _SHAPE_READS and shape_of(node) is None
+
+
+def _only_consumer(walk: _Walk, masked: set[fx.Node]) -> Consumer | None:
+    if len(walk.consumers) != 1 or len(masked) != 1:
+        return None
+    ((source, user),) = walk.consumers
+    module = module_of(walk.traced, user)
+    if source not in masked or not isinstance(module, WEIGHTED):
+        return None
+    axis, channels = _output_channels(user, module)
+    return Consumer(layer_name(user), user.name, axis, channels)
 
 
 def _mask_nodes(walk: _Walk, start: fx.Node) -> list[fx.Node]:

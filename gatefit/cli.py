@@ -65,8 +65,13 @@ def convert(
         whole = replace(
             whole,
             seed=whole.seed if seed is None else seed,
-            model=_override(whole.model, name=model or None, pretrained=pretrained or None, weights=weights or None),
-            data=_override(whole.data, name=data or None, corrupt="skip" if skip_corrupt else None),
+            model=_override(
+                whole.model,
+                name=_absolute(model) or None,
+                pretrained=pretrained or None,
+                weights=_absolute(weights) or None,
+            ),
+            data=_override(whole.data, name=_absolute(data) or None, corrupt="skip" if skip_corrupt else None),
             gates=_override(whole.gates, kinds=gates.value if gates else None),
             finetune=_override(
                 whole.finetune if l1 is None and target is None else replace(whole.finetune, l1=None, target=None),
@@ -76,7 +81,7 @@ def convert(
             ),
         )
         folder = out or Path("runs") / name
-        messages = Console(stderr=True, quiet=not _is_main())
+        messages = Console(stderr=True, quiet=not _is_main(), markup=False)
         with TrainingBar(messages) as bar:
             done = run(whole, folder, resume=resume, say=messages.print, report=bar)
         if not _is_main():
@@ -84,7 +89,7 @@ def convert(
         if as_json:
             typer.echo(json.dumps(done.report, indent=2))
         else:
-            console = Console()
+            console = Console(markup=False)
             show_report(console, done.report)
             console.print(f"written: {folder}", soft_wrap=True)
 
@@ -104,12 +109,14 @@ def inspect(
         from gatefit.surgery import find_blocks, no_block_message
 
         network = build(parse_reference(model))
+        if image_size < 0:
+            raise GatefitError(f"--image-size must be positive, not {image_size}")
         shape = input_spec(network, image_size or None).shape
         found = find_blocks(network, torch.zeros(2, *shape))
         if as_json:
             typer.echo(json.dumps({"model": model, **_plain(found)}, indent=2))
         else:
-            show_blocks(Console(), model, found)
+            show_blocks(Console(markup=False), model, found)
         if not found.blocks:
             from gatefit.errors import ConversionError
 
@@ -130,11 +137,11 @@ def evaluate(
         from gatefit.convert import evaluate_folder
         from gatefit.display import show_report
 
-        _, report = evaluate_folder(folder, data, "skip" if skip_corrupt else "refuse")
+        _, report = evaluate_folder(folder, data, skip_corrupt)
         if as_json:
             typer.echo(json.dumps(report, indent=2))
         else:
-            show_report(Console(), report)
+            show_report(Console(markup=False), report)
 
 
 def main() -> None:
@@ -152,8 +159,11 @@ def _user_errors() -> Iterator[None]:
         typer.echo(f"gatefit: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("gatefit: interrupted; the same command with --resume goes on from the last checkpoint", err=True)
+        typer.echo("gatefit: interrupted; what convert has saved --resume goes on with", err=True)
         raise typer.Exit(130) from None
+    except (OSError, RuntimeError, MemoryError) as error:
+        typer.echo(f"gatefit: {type(error).__name__}: {' '.join(str(error).split())[:300]}", err=True)
+        raise typer.Exit(1) from None
 
 
 def _keep_memory() -> None:
@@ -184,6 +194,14 @@ def _choose_device(device: str) -> None:
             os.environ["ACCELERATE_TORCH_DEVICE"] = device
     else:
         raise GatefitError(f"--device must be cpu or cuda, not '{device}'")
+
+
+def _absolute(place: str) -> str:
+    """A path that exists as an absolute one, so that the written recipe holds anywhere; names as they are."""
+    path, colon, function = place.rpartition(".py:")
+    if colon:
+        return f"{Path(path + '.py').absolute()}:{function}"
+    return str(Path(place).expanduser().absolute()) if place and Path(place).expanduser().exists() else place
 
 
 def _override(part: Any, **values: Any) -> Any:

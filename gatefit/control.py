@@ -23,7 +23,10 @@ def lower(gated: nn.Module, shift: float, keep: float = 0.0) -> None:
         for gate, out in outputs_of(gated):
             for fc, logits in ((gate.block, out.block), (gate.channel, out.channel)):
                 if fc is not None and logits is not None:
-                    fc.bias.sub_(min(shift, _most(logits, keep)))
+                    least = min(shift, _most(logits, keep))
+                    fc.bias.sub_(least)
+                    if fc is gate.channel and gate.fill is not None:
+                        gate.lowered.add_(least)
 
 
 def threshold_for(gated: nn.Module, costs: Costs, target: float, keep: float = 0.0) -> float:
@@ -62,7 +65,11 @@ def price_threshold(l1: float, factor: float) -> float:
 
 def smallest_share(costs: Costs, keep: float) -> float:
     """The share of MACs that is left when all gates are closed as far as the guard lets them."""
-    least = costs.base + sum(b.gate + keep * b.branch for b in costs.blocks)
+    least = float(costs.base)
+    for b in costs.blocks:
+        closing = keep if b.scaled or b.first_scaled else 1.0
+        first = b.first * (closing if b.first_scaled else 1)
+        least += b.gate + (keep if b.gated else 1.0) * (b.fixed + closing * b.scaled + first)
     return least / costs.dense
 
 

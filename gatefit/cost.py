@@ -29,6 +29,9 @@ class BlockCost:
     first: int
     first_scaled: bool
     gate: int
+    """The gates themselves."""
+    gated: bool
+    """Whether there is a block gate."""
 
     @property
     def branch(self) -> int:
@@ -68,28 +71,35 @@ def costs_of(gated: fx.GraphModule, image_shape: tuple[int, ...]) -> Costs:
     """
     analysed = copy.deepcopy(gated)
     propagate_shapes(analysed, torch.zeros(2, *image_shape, dtype=next(gated.parameters()).dtype, device="meta"))
-    macs: dict[str, int] = {}
-    gate_paths = tuple(f"{name}." for name, m in gated.named_modules() if m in set(gates_of(gated).values()))
-    for node in analysed.graph.nodes:
-        if not layer_name(node).startswith(gate_paths):
-            macs[layer_name(node)] = macs.get(layer_name(node), 0) + node_macs(analysed, node)
-    blocks = []
-    for name, gate in gates_of(gated).items():
-        first = next(layer for layer in gate.of.layers if layer.first) if gate.of.layers else None
+    gates = gates_of(gated)
+    paths = tuple(f"{name}." for name, m in gated.named_modules() if m in set(gates.values()))
+    macs = {n.name: node_macs(analysed, n) for n in analysed.graph.nodes if not layer_name(n).startswith(paths)}
+    blocks: list[BlockCost] = []
+    for name, gate in gates.items():
+        first = next((layer for layer in gate.of.layers if layer.first), None)
         rest = [layer for layer in gate.of.layers if layer is not first]
         scalable = gate.channel is not None
         blocks.append(
             BlockCost(
                 name=name,
-                parent=gate.of.parent,
-                fixed=sum(macs[x.name] for x in rest if not (x.scaled and scalable)),
-                scaled=sum(macs[x.name] for x in rest if x.scaled and scalable),
-                first=macs[first.name] if first else 0,
+                parent=gate.of.parent if gate.of.parent in gates else None,
+                fixed=sum(macs[x.node] for x in rest if not (x.scaled and scalable)),
+                scaled=sum(macs[x.node] for x in rest if x.scaled and scalable),
+                first=macs[first.node] if first else 0,
                 first_scaled=bool(first and first.scaled and scalable),
                 gate=gate.macs,
+                gated=gate.block is not None,
             )
         )
+    parents = {b.name: b.parent for b in blocks}
+    blocks.sort(key=lambda b: _depth(b.name, parents))  # outer blocks first, as macs_per_image needs them
     return Costs(sum(macs.values()) - sum(b.branch for b in blocks), tuple(blocks))
+
+
+def _depth(name: str, parents: dict[str, str | None]) -> int:
+    """In how many other blocks' branches a block lies."""
+    parent = parents[name]
+    return 0 if parent is None else 1 + _depth(parent, parents)
 
 
 def opens_of(gated: nn.Module) -> dict[str, Opens]:

@@ -21,6 +21,7 @@ from gatefit.models import InputSpec
 RESIDENT_BYTES = 4 << 30
 """Decoded images up to this size are held in memory, as bytes; larger sets are decoded as they are read."""
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("val", "validation", "valid", "test", "testing")
 
@@ -39,6 +40,7 @@ class ImageSet:
     labels: Tensor | None
     """(count,) int64, or None."""
     classes: tuple[str, ...]
+    """Names of the classes; empty where they are not known."""
     resident: Tensor | None = None
     """All images, (count, 3, H, W) uint8, where they fit."""
 
@@ -51,6 +53,16 @@ class ImageSet:
         images = self.resident[index] if self.resident is not None else torch.stack([self.read(i) for i in indices])
         labels = self.labels[index] if self.labels is not None else torch.full_like(index, -1)
         return images, labels, index
+
+    def fits(self, outputs: int) -> bool:
+        """Whether there are labels for a network with that many outputs."""
+        if self.labels is None:
+            return False
+        return len(self.classes) == outputs if self.classes else int(self.labels.max()) < outputs
+
+    def unlabelled(self) -> "ImageSet":
+        """The same images without labels."""
+        return replace(self, labels=None, classes=())
 
     def select(self, indices: Tensor) -> "ImageSet":
         """The images at `indices`."""
@@ -96,8 +108,11 @@ def read_data(name: str, spec: InputSpec, corrupt: str = "refuse", seed: int = 0
         splits = _from_files(name, files, opener, spec, corrupt, seed)
     elif not name:
         splits = _imagenette(spec, corrupt)
-    elif path.is_absolute() or name.startswith((".", "~")):
-        raise DataError(f"no folder or tar '{name}'; --data takes a folder with train/ and val/, a tar, or a name")
+    elif not name.startswith(TIMM_PREFIXES):
+        raise DataError(
+            f"no folder or tar '{name}'; --data takes a folder with train/ and val/, a tar of one, 'digits', "
+            f"or a name for timm that begins with {', '.join(TIMM_PREFIXES)}"
+        )
     else:
         splits = _from_timm(name, spec, corrupt)
     if limit:
@@ -134,8 +149,7 @@ def as_images(data: Source, spec: InputSpec, seed: int = 0) -> Splits:
     images, labels = data
     if images.dim() != 4 or len(images) != len(labels):
         raise DataError(f"images {tuple(images.shape)} and labels {tuple(labels.shape)} do not fit each other")
-    names = tuple(str(i) for i in range(int(labels.max()) + 1))
-    one = ImageSet("tensors", len(images), images.__getitem__, labels.long(), names, images)
+    one = ImageSet("tensors", len(images), images.__getitem__, labels.long(), (), images)
     return Splits(one, one)
 
 
@@ -192,7 +206,7 @@ def _imagenette(spec: InputSpec, corrupt: str) -> Splits:
 def _from_timm(name: str, spec: InputSpec, corrupt: str) -> Splits:
     from timm.data import create_dataset
 
-    root = str(Path(torch.hub.get_dir()).parent / "gatefit")
+    root = str(Path(torch.hub.get_dir()).parent / "gatefit" / "timm")
     splits = []
     for split, training in (("train", True), ("validation", False)):
         try:
@@ -209,7 +223,7 @@ def _from_timm(name: str, spec: InputSpec, corrupt: str) -> Splits:
             raise
         except Exception as error:
             raise DataError(
-                f"no folder '{name}', and timm cannot create a data set of that name "
+                f"timm cannot create the data set '{name}' "
                 f"({str(error).splitlines()[0][:120] if str(error) else type(error).__name__}); pass --data DIR"
             ) from error
         names = [str(c) for c in getattr(dataset, "classes", sorted(set(labels)))]
@@ -243,7 +257,9 @@ def _tar_files(path: Path) -> tuple[list[tuple[tuple[str, ...], Any]], Callable[
         raise DataError(f"'{path}' is neither an image folder nor a readable tar: {error}") from error
     if compressed:
         raise DataError(f"'{path}' is compressed; unpack it or pass a plain tar")
-    files = [(PurePosixPath(m.name).parts, (m.name, m.offset_data, m.size)) for m in sorted(members, key=_by_name)]
+    files = [
+        (PurePosixPath(m.name).parts, (m.name, m.offset_data, m.size)) for m in sorted(members, key=lambda m: m.name)
+    ]
 
     def opener(place: tuple[str, int, int]) -> Image.Image:
         with path.open("rb") as stream:
@@ -251,10 +267,6 @@ def _tar_files(path: Path) -> tuple[list[tuple[tuple[str, ...], Any]], Callable[
             return Image.open(io.BytesIO(stream.read(place[2])))
 
     return files, opener
-
-
-def _by_name(member: tarfile.TarInfo) -> str:
-    return member.name
 
 
 def _open_file(path: Path) -> Image.Image:
@@ -271,7 +283,8 @@ def _from_files(
 ) -> Splits:
     if not files:
         raise DataError(f"'{name}' holds no images ({', '.join(sorted(EXTENSIONS))})")
-    while len({parts[0] for parts, _ in files}) == 1 and all(len(parts) > 2 for parts, _ in files):
+    splits = {*TRAIN_NAMES, *TEST_NAMES}
+    while len(only := {p[0] for p, _ in files}) == 1 and not only & splits and all(len(p) > 2 for p, _ in files):
         files = [(parts[1:], key) for parts, key in files]
     tops = {parts[0].lower(): parts[0] for parts, _ in files if len(parts) > 1}
     train = next((tops[t] for t in TRAIN_NAMES if t in tops), None)
@@ -281,7 +294,7 @@ def _from_files(
             there, missing = (train, "val/ or test/") if train else (test, "train/")
             raise DataError(f"'{name}' has {there}/ but no {missing}")
         whole = _labelled(files)
-        built = _build(name, *_with_opener(whole, opener), spec, corrupt)
+        built = _build(name, whole[0], opener, whole[1], spec, corrupt)
         rest, held = hold_out(built, max(1, len(built) // 5), seed)
         return Splits(rest, held)
     parts = []
@@ -291,7 +304,7 @@ def _from_files(
     if parts[0][1] != parts[1][1]:
         odd = sorted(set(parts[0][1]) ^ set(parts[1][1]))
         raise DataError(f"'{name}': {train}/ and {test}/ have different classes ({', '.join(odd[:3])})")
-    return Splits(*(_build(name, *_with_opener(p, opener), spec, corrupt) for p in parts))
+    return Splits(*(_build(name, items, opener, classes, spec, corrupt) for items, classes in parts))
 
 
 def _labelled(files: list[tuple[tuple[str, ...], Any]]) -> tuple[list[tuple[Any, int]], list[str]]:
@@ -301,13 +314,6 @@ def _labelled(files: list[tuple[tuple[str, ...], Any]]) -> tuple[list[tuple[Any,
     classes = sorted({parts[0] for parts, _ in files})
     number = {c: i for i, c in enumerate(classes)}
     return [(key, number[parts[0]]) for parts, key in files], classes
-
-
-def _with_opener(
-    labelled: tuple[list[tuple[Any, int]], list[str]], opener: Callable[[Any], Image.Image]
-) -> tuple[list[tuple[Any, int]], Callable[[Any], Image.Image], list[str]]:
-    items, classes = labelled
-    return items, opener, classes
 
 
 def _build(

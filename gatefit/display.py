@@ -79,8 +79,9 @@ def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
             mega(scaled) if gated else "-",
         )
     console.print(table)
-    share = sum(b.macs for b in found.blocks) / found.macs
-    channel = sum(x.macs for b in found.blocks for x in b.layers if x.scaled) / found.macs
+    whole = max(1, found.macs)
+    share = sum(b.macs for b in found.blocks) / whole
+    channel = sum(x.macs for b in found.blocks for x in b.layers if x.scaled) / whole
     console.print(f"under a block gate: {percent(share)} of the MACs; under a channel gate: {percent(channel)}")
     if found.skipped:
         refused = Table(title=f"{len(found.skipped)} additions refused", title_justify="left")

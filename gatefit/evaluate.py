@@ -1,5 +1,6 @@
 """Accuracy, agreement with the original, and what each image really runs."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import Tensor, fx, nn
 from gatefit.cost import Opens, costs_of, macs_per_image, opens_of
 from gatefit.data import Source, as_images, normalise
 from gatefit.errors import DataError
+from gatefit.models import output_count
 from gatefit.training import loader
 
 BATCH = 250
@@ -68,7 +70,7 @@ def evaluate(
 
     Args:
         gated: from `retrofit`, `finetune` or `load`; its mode is put back.
-        data: see `gatefit.data.as_images`.
+        data: see `gatefit.data.as_images`; labels that do not fit the head are not used.
         teacher: the original network, for agreement and the dense accuracy.
         report: called with (images done, images in all).
 
@@ -77,13 +79,14 @@ def evaluate(
     """
     spec = gated.meta["input"]
     images = as_images(data, spec).test
+    labelled = images.fits(output_count(gated, spec))
     if not len(images):
         raise DataError("there are no images to evaluate on")
     device = next(gated.parameters()).device
     costs = costs_of(gated, spec.shape)
     training = gated.training
     gated.eval()
-    teacher = teacher.to(device).eval() if teacher is not None else None
+    teacher = copy.deepcopy(teacher).to(device).eval() if teacher is not None else None
     right = same = dense_right = 0
     sequential, parallel = [], []
     opens: dict[str, list[Opens]] = {c.name: [] for c in costs.blocks}
@@ -108,7 +111,6 @@ def evaluate(
     gated.train(training)
     masks = {name: _masks(parts) for name, parts in opens.items()}
     macs = torch.cat(sequential)
-    labelled = images.labels is not None
     return Evaluation(
         images=len(images),
         accuracy=right / len(images) if labelled else None,

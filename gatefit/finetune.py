@@ -11,7 +11,7 @@ from gatefit.control import GAIN, lower, price_threshold, smallest_share, thresh
 from gatefit.cost import costs_of, macs_per_image, opens_of
 from gatefit.data import ImageSet, Source, as_images, normalise
 from gatefit.errors import RecipeError
-from gatefit.models import InputSpec
+from gatefit.models import InputSpec, output_count
 from gatefit.penalty import salience_penalty
 from gatefit.recipe import FinetunePart
 from gatefit.start import start_from_data
@@ -62,6 +62,8 @@ def finetune(
         given |= {"l1": l1, "target": target}
     settings = FinetunePart(**given)
     images = as_images(data, gated.meta["input"], seed).train
+    if not images.fits(output_count(gated, gated.meta["input"])):
+        images = images.unlabelled()
     closing = GateClosing(gated, images, settings, start, seed)
     trainer = Trainer(
         gated,

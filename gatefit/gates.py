@@ -54,36 +54,51 @@ class Gate(nn.Module):
         of: the block that it gates.
         gates: "lc" for both gates, "l" for the block gate alone, "c" for the channel gate alone.
         form: see `GateForm`.
+        fill: whether closed units leave behind what they were predicted to be: the layer that reads them gets
+            fill((1 - S_C) * max(z + lowered, 0)) added to each position, where z are the pre-activations. Not in
+            the paper; 0 at the start.
     """
 
-    def __init__(self, of: ResidualBlock, gates: str = "lc", form: GateForm = "relu1") -> None:
+    lowered: Tensor
+    """By how much each pre-activation was lowered since the start, (units,); only with a fill."""
+
+    def __init__(self, of: ResidualBlock, gates: str = "lc", form: GateForm = "relu1", fill: bool = False) -> None:
         super().__init__()
         self.of = of
         self.form = form
         self.block = _identity_fc(of.features, 1) if "l" in gates else None
         self.channel = _identity_fc(of.features, of.units) if "c" in gates and of.units else None
+        self.fill: nn.Linear | None = None
+        consumer = of.gated.consumer if of.gated else None
+        if fill and self.channel is not None and consumer is not None:
+            self.fill = nn.Linear(of.units, consumer.channels, bias=False)
+            nn.init.zeros_(self.fill.weight)
+            self.register_buffer("lowered", torch.zeros(of.units))
         self.outputs: GateOutputs | None = None
 
     @property
     def macs(self) -> int:
         """MACs per image of the gate itself."""
-        return sum(fc.in_features * fc.out_features for fc in (self.block, self.channel) if fc is not None)
+        return sum(fc.in_features * fc.out_features for fc in (self.block, self.channel, self.fill) if fc is not None)
 
     def pool(self, x: Tensor) -> Tensor:
         """Global average pooling of the block's input over all but batch and channels: (B, features)."""
         axes = [a for a in range(1, x.dim()) if a != self.of.entry_axis]
         return x.mean(axes) if axes else x
 
-    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Saliences in [0, 1] of the block, (B, 1), and of its channel units, (B, units)."""
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Saliences in [0, 1] of the block, (B, 1), and of its units, (B, units); and the fill, (B, channels)."""
         pooled = self.pool(x)
-        block = None if self.block is None else _logits(self.block, pooled)
-        channel = None if self.channel is None else _logits(self.channel, pooled)
+        block = None if self.block is None else _linear(self.block, pooled)
+        channel = None if self.channel is None else _linear(self.channel, pooled)
         self.outputs = GateOutputs(block, channel)
-        return (
-            None if block is None else self.salience(block),
-            None if channel is None else self.salience(channel),
-        )
+        whole = None if block is None else self.salience(block)
+        if channel is None:
+            return whole, None, None
+        salience = self.salience(channel)
+        if self.fill is None:
+            return whole, salience, None
+        return whole, salience, _linear(self.fill, (1 - salience) * (channel + self.lowered).clamp_min(0))
 
     def salience(self, logits: Tensor) -> Tensor:
         """Salience of each pre-activation; leaky in training."""
@@ -107,11 +122,11 @@ def _identity_fc(features: int, outputs: int) -> nn.Linear:
     return fc
 
 
-def _logits(fc: nn.Linear, pooled: Tensor) -> Tensor:
+def _linear(fc: nn.Linear, x: Tensor) -> Tensor:
     # Without autocast: at bf16 the many values near 0 would open and close at random.
-    device = pooled.device.type
+    device = x.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        return fc(pooled.to(fc.weight.dtype))
+        return fc(x.to(fc.weight.dtype))
 
 
 def scale(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tensor:
@@ -121,6 +136,13 @@ def scale(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tens
     shape = [value.shape[0]] + [1] * (value.dim() - 1)
     shape[axis] = salience.shape[1]
     return value * salience.view(shape).to(value.dtype)
+
+
+def add_fill(value: Tensor, fill: Tensor, axis: int) -> Tensor:
+    """Add a fill (B, channels) to every position of `value` (B, ...), whose channels stand on `axis`."""
+    shape = [value.shape[0]] + [1] * (value.dim() - 1)
+    shape[axis] = fill.shape[1]
+    return value + fill.view(shape).to(value.dtype)
 
 
 def gates_of(gated: nn.Module) -> dict[str, Gate]:

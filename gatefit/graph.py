@@ -69,6 +69,8 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
             module.inplace = False  # type: ignore[assignment]
     try:
         graph = _Tracer().trace(root, concrete_args=_defaults(root))
+    except ConversionError:
+        raise
     except Exception as error:
         raise ConversionError(f"{type(model).__name__} cannot be traced by torch.fx: {_first_line(error)}") from error
     _drop_frozen_inputs(graph)
@@ -137,7 +139,12 @@ def _first_line(error: BaseException) -> str:
 def _defaults(root: nn.Module) -> dict[str, Any]:
     """Every argument of forward but the first is baked in with its default."""
     parameters = list(inspect.signature(root.forward).parameters.values())[1:]
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [p for p in parameters if p.kind not in variadic]
+    needed = [p.name for p in named if p.default is inspect.Parameter.empty]
+    if needed:
+        raise ConversionError(f"{type(root).__name__} takes more than one input ({', '.join(needed)})")
+    return {p.name: p.default for p in named}
 
 
 def _drop_frozen_inputs(graph: fx.Graph) -> None:
@@ -156,6 +163,8 @@ def _functionalise(graph: fx.Graph) -> None:
     """Replace in-place operations by their plain forms; later readers of the target read the result."""
     for node in list(graph.nodes):
         if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
+            if not hasattr(Tensor, str(node.target)[:-1]):
+                raise ConversionError(f"'{node.name}' writes into a tensor ({node.target}), which a graph cannot hold")
             node.target = str(node.target)[:-1]
         elif node.op == "call_function" and node.target in _OUT_OF_PLACE:
             node.target = _OUT_OF_PLACE[node.target]

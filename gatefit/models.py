@@ -3,7 +3,6 @@
 import difflib
 import importlib.util
 import inspect
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,17 +178,39 @@ def input_spec(model: nn.Module, image_size: int | None = None) -> InputSpec:
     )
 
 
+@torch.no_grad()
+def output_count(model: nn.Module, spec: InputSpec) -> int:
+    """Number of classes that a network tells apart.
+
+    Raises:
+        ModelError: it does not take images of that size, or does not return logits (B, classes).
+    """
+    training = model.training
+    parameter = next(model.parameters(), torch.zeros(0))
+    try:
+        logits = model.eval()(torch.zeros(1, *spec.shape, device=parameter.device, dtype=parameter.dtype))
+    except Exception as error:
+        raise ModelError(
+            f"the network does not take images of {spec.shape[1]}x{spec.shape[2]} pixels "
+            f"({str(error).splitlines()[0][:120]}); set model.image_size"
+        ) from error
+    finally:
+        model.train(training)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise ModelError("the network does not return one row of logits for each image")
+    return logits.shape[1]
+
+
 def _torchvision_names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
 def _from_file(reference: ModelReference) -> nn.Module:
     path, function = reference.name.rsplit(":", 1)
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"gatefit_user_{Path(path).stem}", path)
     if spec is None or spec.loader is None or not Path(path).is_file():
         raise ModelError(f"no file '{path}' for the model '{reference}'")
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from gatefit.gates import Gate, gates_of, outputs_of
@@ -48,8 +47,3 @@ def _scaled(gate: Gate) -> int:
     if gate.channel is None:
         return 0
     return sum(layer.macs for layer in gate.of.layers if layer.scaled)
-
-
-def open_share(logits: Tensor) -> float:
-    """Mean share of open gates among pre-activations."""
-    return float((logits.detach() > 0).to(torch.float64).mean())

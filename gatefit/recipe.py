@@ -23,6 +23,9 @@ class ModelPart:
     image_size: int = 0
     """Side of the square input; 0: the network's own."""
 
+    def __post_init__(self) -> None:
+        _check(self.image_size >= 0, f"image_size must be 0 or more, not {self.image_size}")
+
 
 @dataclass(frozen=True)
 class DataPart:
@@ -35,6 +38,9 @@ class DataPart:
     limit: int = 0
     """Use only the first images of each split, after a seeded shuffle; 0: all."""
 
+    def __post_init__(self) -> None:
+        _check(self.limit >= 0, f"data.limit must be 0 or more, not {self.limit}")
+
 
 @dataclass(frozen=True)
 class GatesPart:
@@ -43,6 +49,8 @@ class GatesPart:
     kinds: Literal["lc", "l", "c"] = "c"
     form: Literal["relu1", "step"] = "step"
     """"relu1": the paper's ReLU-1. "step": 0/1 gates, trained straight-through."""
+    fill: bool = True
+    """Let closed channels leave behind what they were predicted to be; false: the paper's."""
     start: Literal["data", "identity"] = "data"
     """"data": least squares on what each unit does for the loss. "identity": weight 0, bias 1."""
 
@@ -60,6 +68,7 @@ class BaselinePart:
         _check(self.epochs >= 0, "baseline.epochs must be 0 or more")
         _check(self.batch_size > 0, "baseline.batch_size must be positive")
         _check(self.lr > 0, "baseline.lr must be positive")
+        _check(self.weight_decay >= 0, "baseline.weight_decay must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -71,10 +80,10 @@ class FinetunePart:
     """Global: over all processes and accumulation steps."""
     accumulate: int = 1
     """Optimiser steps are taken every `accumulate` forward passes; each sees batch_size / accumulate images."""
-    lr: float = 0.03
+    lr: float = 0.01
     """Peak learning rate of the backbone; a cosine to zero after a short warm-up."""
-    gate_lr: float = 1e-4
-    """Peak learning rate of the gates, which have no weight decay."""
+    gate_lr: float = 1e-5
+    """Peak learning rate of the gates (the paper's for ImageNet), which have no weight decay."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
     l1: float | None = None
@@ -83,7 +92,7 @@ class FinetunePart:
     """Share of the original's MACs to end at (sequential placement, gates included)."""
     penalty: Literal["macs", "plain"] = "macs"
     """"macs": each salience weighs as its unit's MACs (mean weight 1). "plain": all alike, as in the paper."""
-    ramp: float = 0.3
+    ramp: float = 0.2
     """Part of the training in which target or price go from open to their final value."""
     distillation: float = 0.9
     """Weight of distillation from the original network; the labels have the rest. 1 without labels."""
@@ -107,6 +116,10 @@ class FinetunePart:
         _check(self.l1 is None or self.target is None, "give l1 or target, not both: each sets how much is closed")
         _check(0 <= self.distillation <= 1, "finetune.distillation must lie in [0, 1]")
         _check(0 <= self.ramp <= 1, "finetune.ramp must lie in [0, 1]")
+        _check(0 <= self.momentum < 1, "finetune.momentum must lie in [0, 1)")
+        _check(self.weight_decay >= 0, "finetune.weight_decay must be 0 or more")
+        _check(self.temperature > 0, "finetune.temperature must be positive")
+        _check(self.recalibrate >= 0, "finetune.recalibrate must be 0 or more")
         _check(0 <= self.keep < 1, "finetune.keep must lie in [0, 1)")
 
 
@@ -121,6 +134,9 @@ class Recipe:
     baseline: BaselinePart = field(default_factory=BaselinePart)
     finetune: FinetunePart = field(default_factory=FinetunePart)
 
+    def __post_init__(self) -> None:
+        _check(0 <= self.seed < 2**31, f"seed must lie between 0 and 2^31, not {self.seed}")
+
 
 def read_recipe(file: Path) -> Recipe:
     """Read a recipe; paths in it that start with "./" or "../" are relative to it.
@@ -132,7 +148,7 @@ def read_recipe(file: Path) -> Recipe:
         table = tomllib.loads(file.read_text())
     except OSError as error:
         raise RecipeError(f"the recipe '{file}' cannot be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file} is not valid TOML: {error}") from error
     recipe: Recipe = _from_table(Recipe, table, "")
     return replace(
@@ -157,7 +173,7 @@ def write_recipe(recipe: Recipe) -> str:
 
 
 def _anchor(path: str, file: Path) -> str:
-    return str(file.parent / path) if path.startswith(("./", "../")) else path
+    return str((file.parent / path).resolve()) if path.startswith(("./", "../")) else path
 
 
 def _literal(value: Any) -> str:

@@ -28,6 +28,8 @@ class _Probe(fx.Interpreter):
         """Name of a block that is skipped."""
         self.saliences: dict[str, list[Tensor | None]] = {}
         self.activations: dict[str, list[Tensor | None]] = {}
+        self.means: dict[str, Tensor] = {}
+        """Mean activation of each channel unit, with its sign."""
         self.pooled: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> object:
@@ -40,10 +42,13 @@ class _Probe(fx.Interpreter):
             gate = self.fetch_attr(str(source.args[0].target))
             kind = source.args[1]
             assert isinstance(kind, int)
-            self.activations[gate.of.name][kind] = _mean_size(*args)
+            value, salience, axis, *rest = args
+            self.activations[gate.of.name][kind] = _mean(value.detach().abs(), salience, axis, *rest)
+            if kind == 1:
+                self.means[gate.of.name] = _mean(value.detach(), salience, axis, *rest)
         return super().run_node(n)
 
-    def _probe(self, gate: Gate, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _probe(self, gate: Gate, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         name = gate.of.name
         self.pooled[name] = gate.pool(x).detach()
         ones = [
@@ -54,16 +59,16 @@ class _Probe(fx.Interpreter):
             ones[0].data.zero_()
         self.saliences[name] = ones
         self.activations[name] = [None, None]
-        return ones[0], ones[1]
+        fill = None if gate.fill is None else torch.zeros(x.shape[0], gate.fill.out_features, device=x.device)
+        return ones[0], ones[1], fill
 
 
-def _mean_size(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tensor:
-    """Mean |value| of each image and unit: (B, units)."""
-    size = value.detach().abs()
+def _mean(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tensor:
+    """Mean of each image and unit over positions: (B, units)."""
     if salience.shape[1] == 1 and value.shape[axis] != per_unit:
-        return size.flatten(1).mean(1, keepdim=True)
-    size = size.movedim(axis, 1).flatten(2) if size.dim() > 2 else size.unsqueeze(2)
-    return size.mean(2).unflatten(1, (-1, per_unit)).mean(2)
+        return value.flatten(1).mean(1, keepdim=True)
+    value = value.movedim(axis, 1).flatten(2) if value.dim() > 2 else value.unsqueeze(2)
+    return value.mean(2).unflatten(1, (-1, per_unit)).mean(2)
 
 
 def start_from_data(
@@ -82,6 +87,7 @@ def start_from_data(
     was_training = gated.training
     gated.eval()
     rows: dict[str, list[tuple[Tensor, list[Tensor | None], list[Tensor | None]]]] = {n: [] for n in gates_of(gated)}
+    means: dict[str, list[Tensor]] = {n: [] for n in gates_of(gated)}
     for indices in chosen.split(batch):
         probe = _Probe(gated)
         pixels = images.__getitems__(indices.tolist())[0].to(device)
@@ -90,6 +96,8 @@ def start_from_data(
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         flat = [s for both in probe.saliences.values() for s in both if s is not None]
         slopes = iter(torch.autograd.grad(loss, flat))
+        for name, mean in probe.means.items():
+            means[name].append(mean)
         for name, both in probe.saliences.items():
             rows[name].append(
                 (probe.pooled[name], probe.activations[name], [None if s is None else next(slopes) for s in both])
@@ -119,8 +127,27 @@ def start_from_data(
         for fc, weight, bias in fits:
             fc.weight.copy_(k * weight)
             fc.bias.copy_(k * bias)
+        for name, gate in gates_of(gated).items():
+            if gate.fill is not None and gate.channel is not None:
+                pooled = torch.cat([r[0] for r in rows[name]])
+                _start_fill(gated, gate, gate.channel(pooled).clamp_min(0), torch.cat(means[name]))
     gated.train(was_training)
     return k
+
+
+def _start_fill(gated: fx.GraphModule, gate: Gate, predicted: Tensor, mean: Tensor) -> None:
+    """What the reader would have made of each unit's mean activation, as predicted by the gate.
+
+    Args:
+        predicted: max(z, 0) over the images, (N, units).
+        mean: true mean activations, (N, units).
+    """
+    assert gate.fill is not None and gate.of.gated is not None and gate.of.gated.consumer is not None
+    slope = (mean * predicted).sum(0) / predicted.square().sum(0).clamp_min(1e-12)
+    weight = gated.get_submodule(gate.of.gated.consumer.name).get_parameter("weight").detach()
+    summed = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    gate.fill.weight.copy_(summed.unflatten(1, (gate.of.units, -1)).sum(2) * slope)
+    gate.lowered.zero_()
 
 
 @torch.no_grad()

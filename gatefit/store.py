@@ -42,7 +42,9 @@ def save(gated: fx.GraphModule, folder: str | Path, extra: dict[str, Any] | None
         "input": asdict(gated.meta["input"]),
         "gates": gated.meta["gates"],
         "form": first.form,
+        "fill": gated.meta["fill"],
         "blocks": [{"name": n, "features": g.of.features, "units": g.of.units} for n, g in gates.items()],
+        "architecture": _architecture(gated),
         "sha256": _digest(folder / WEIGHTS),
         "versions": {
             "torch": torch.__version__,
@@ -70,6 +72,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule:
     tensors = read_tensors(folder / WEIGHTS)
     if _digest(folder / WEIGHTS) != config["sha256"]:
         raise CheckpointError(f"{folder / WEIGHTS} is not the file that {CONFIG} was written for; write it anew")
+    own = model
     try:
         if model is None:
             if config["model"] is None:
@@ -79,10 +82,15 @@ def load(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule:
             model = build(ModelReference(**config["model"]))
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["input"].items()}
         spec = InputSpec(**given)
-        gated = rewrite(model.eval(), torch.zeros(2, *spec.shape), config["gates"], config["form"])
+        gated = rewrite(model.eval(), torch.zeros(2, *spec.shape), config["gates"], config["form"], config["fill"])
         blocks = [{"name": n, "features": g.of.features, "units": g.of.units} for n, g in gates_of(gated).items()]
         if blocks != config["blocks"]:
             raise CheckpointError(f"{folder}: its gates do not fit the network that {CONFIG} names")
+        if own is None and _architecture(gated) != config["architecture"]:
+            raise CheckpointError(
+                f"{folder}: {config['model']['name']} as built here is not the network that was saved (other "
+                "arguments, or another version of its library); call gatefit.load(folder, model=...)"
+            )
         gated.load_state_dict(tensors)
     except GatefitError:
         raise
@@ -100,12 +108,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing, damaged, or of another format.
     """
     config = read_json(folder / CONFIG)
-    needed = {"format", "model", "input", "gates", "form", "blocks", "sha256"}
+    needed = {"format", "model", "input", "gates", "form", "fill", "blocks", "architecture", "sha256"}
     if not isinstance(config, dict) or not needed <= set(config):
         raise CheckpointError(f"{folder / CONFIG} is not one that gatefit wrote: keys are missing")
     if config["format"] != FORMAT:
         raise CheckpointError(f"{folder / CONFIG} has format {config['format']}; this gatefit reads {FORMAT}")
     return config
+
+
+def _architecture(gated: fx.GraphModule) -> str:
+    """Digest of what is computed: the graph's code and the settings of all modules."""
+    return hashlib.sha256(f"{gated.code}{gated}".encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:

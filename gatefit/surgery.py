@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from gatefit.blocks import FoundBlocks, ResidualBlock, match_blocks
 from gatefit.channels import with_channel_units
 from gatefit.errors import ConversionError, RecipeError
-from gatefit.gates import PREFIX, Gate, GateForm, scale
+from gatefit.gates import PREFIX, Gate, GateForm, add_fill, scale
 from gatefit.graph import trace
 from gatefit.models import input_spec, recognise
 from gatefit.verify import verify
@@ -36,7 +36,11 @@ def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
 
 
 def retrofit(
-    model: nn.Module, example: Tensor | None = None, gates: GateKinds = "lc", form: GateForm = "relu1"
+    model: nn.Module,
+    example: Tensor | None = None,
+    gates: GateKinds = "lc",
+    form: GateForm = "relu1",
+    fill: bool = False,
 ) -> fx.GraphModule:
     """Return a copy of a network with a block gate and a channel gate retrofitted on each residual block.
 
@@ -49,6 +53,7 @@ def retrofit(
         example: see `find_blocks`; the result takes other batch and image sizes too.
         gates: "lc" (both), "l" (block gates alone) or "c" (channel gates alone).
         form: form of the saliences, see `gatefit.gates.GateForm`.
+        fill: let closed channels leave behind what they were predicted to be, see `gatefit.gates.Gate`.
 
     Raises:
         ConversionError: no block can be gated (the additions that were looked at are named), the network cannot
@@ -58,13 +63,15 @@ def retrofit(
     Source: arXiv 2007.15151, joint form: both gates in parallel to the block on one shared pooling.
     """
     example = default_example(model) if example is None else example
-    gated = rewrite(model, example, gates, form)
+    gated = rewrite(model, example, gates, form, fill)
     gated.meta["reference"] = recognise(model)
     gated.meta["verification"] = verify(model, gated, _random_like(model, example))
     return gated
 
 
-def rewrite(model: nn.Module, example: Tensor, gates: GateKinds = "lc", form: GateForm = "relu1") -> fx.GraphModule:
+def rewrite(
+    model: nn.Module, example: Tensor, gates: GateKinds = "lc", form: GateForm = "relu1", fill: bool = False
+) -> fx.GraphModule:
     """`retrofit` without the check: for a network whose conversion was checked before."""
     if gates not in ("lc", "l", "c"):
         raise RecipeError(f"gates must be 'lc', 'l' or 'c', not {gates!r}")
@@ -74,14 +81,17 @@ def rewrite(model: nn.Module, example: Tensor, gates: GateKinds = "lc", form: Ga
     chosen = [b for b in found.blocks if "l" in gates or b.units]
     if not chosen:
         raise ConversionError(no_block_message(type(model).__name__, found))
+    if hasattr(traced, PREFIX):
+        raise ConversionError(f"the network has a part named '{PREFIX}' already; is it converted?")
     nodes = {node.name: node for node in traced.graph.nodes}
     traced.add_module(PREFIX, nn.Module())
-    saliences = [_insert_gate(traced, nodes, block, gates, form) for block in chosen]
-    for block, (whole, channel) in zip(chosen, saliences, strict=True):
-        _insert_scales(traced.graph, nodes, block, whole, channel)
+    saliences = [_insert_gate(traced, nodes, block, Gate(block, gates, form, fill)) for block in chosen]
+    for block, parts in zip(chosen, saliences, strict=True):
+        _insert_scales(traced.graph, nodes, block, *parts)
     traced.graph.lint()
     traced.recompile()
     traced.meta["gates"] = gates
+    traced.meta["fill"] = fill
     traced.meta["input"] = replace(input_spec(model), shape=_image_shape(example))
     return traced
 
@@ -122,20 +132,23 @@ def _find(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoundBlock
 
 
 def _insert_gate(
-    traced: fx.GraphModule, nodes: dict[str, fx.Node], block: ResidualBlock, gates: GateKinds, form: GateForm
-) -> tuple[fx.Node | None, fx.Node | None]:
-    """Put a block's gate right behind the block's entry; return its saliences (block, channel)."""
+    traced: fx.GraphModule, nodes: dict[str, fx.Node], block: ResidualBlock, gate: Gate
+) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
+    """Put a block's gate right behind the block's entry; return what it gives (block, channel, fill)."""
     entry = nodes[block.entry]
     parameter = next(traced.parameters())
-    gate = Gate(block, gates, form).to(parameter.device, parameter.dtype).train(traced.training)
-    name = f"{PREFIX}.{block.name.replace('.', '_')}"
-    traced.add_submodule(name, gate)
+    holder = traced.get_submodule(PREFIX)
+    name = block.name.replace(".", "_")
+    while hasattr(holder, name):
+        name += "_"
+    holder.add_module(name, gate.to(parameter.device, parameter.dtype).train(traced.training))
     with traced.graph.inserting_after(entry):
-        both = traced.graph.call_module(name, (entry,))
-    with traced.graph.inserting_after(both):
-        channel = traced.graph.call_function(operator.getitem, (both, 1)) if gate.channel is not None else None
-        whole = traced.graph.call_function(operator.getitem, (both, 0)) if gate.block is not None else None
-    return whole, channel
+        given = traced.graph.call_module(f"{PREFIX}.{name}", (entry,))
+    parts = []
+    for i, fc in enumerate((gate.block, gate.channel, gate.fill)):
+        with traced.graph.inserting_after(given):
+            parts.append(None if fc is None else traced.graph.call_function(operator.getitem, (given, i)))
+    return parts[0], parts[1], parts[2]
 
 
 def _insert_scales(
@@ -144,15 +157,24 @@ def _insert_scales(
     block: ResidualBlock,
     whole: fx.Node | None,
     channel: fx.Node | None,
+    fill: fx.Node | None,
 ) -> None:
-    """Multiply by the saliences: the channels at their masks, the whole branch before the add."""
+    """Multiply by the saliences: the channels at their masks, the whole branch before the add; and fill."""
+    if fill is not None and block.gated is not None and block.gated.consumer is not None:
+        reader = nodes[block.gated.consumer.node]
+        with graph.inserting_after(reader):
+            filled = graph.call_function(add_fill, (reader, fill, block.gated.consumer.axis))
+        reader.replace_all_uses_with(filled, delete_user_cb=lambda user: user is not filled)
     for mask in block.gated.masks if channel is not None and block.gated is not None else ():
         masked = nodes[mask.node]
         with graph.inserting_after(masked):
             scaled = graph.call_function(scale, (masked, channel, mask.axis, mask.per_unit))
         masked.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)  # noqa: B023
     if whole is not None:
-        add, output = nodes[block.add], nodes[block.output]
+        add = nodes[block.add]
+        current = nodes[block.output]
+        if current not in add.all_input_nodes:  # the branch ends in the layer that is filled
+            current = next(u for u in current.users if u.target is add_fill)
         with graph.inserting_before(add):
-            scaled = graph.call_function(scale, (output, whole, 1))
-        add.replace_input_with(output, scaled)
+            scaled = graph.call_function(scale, (current, whole, 1))
+        add.replace_input_with(current, scaled)

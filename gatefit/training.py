@@ -14,14 +14,15 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gatefit.data import ImageSet, normalise
 from gatefit.errors import CheckpointError, RecipeError, TrainingError
 from gatefit.files import write_atomically
-from gatefit.gates import Gate
+from gatefit.gates import PREFIX, Gate
 from gatefit.models import InputSpec
 from gatefit.recipe import FinetunePart
 
@@ -108,7 +109,9 @@ class Trainer:
     ) -> None:
         self.network, self.images, self.spec, self.settings = network, images, spec, settings
         self.stage, self.seed, self.report, self.closing = stage, seed, report, closing
-        self.accelerator = Accelerator(mixed_precision=settings.precision)
+        AcceleratorState._reset_state()  # the precision of an earlier training in this process is over
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(mixed_precision=settings.precision, kwargs_handlers=[unused])
         self.device = self.accelerator.device
         network.to(self.device)
         self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False) if teacher else None
@@ -144,7 +147,7 @@ class Trainer:
         for batch in self._batches():
             step = self.state.step
             self._set_rates(step)
-            set_seed((self.seed * 1_000_003 + step) * 64 + self.accelerator.process_index)
+            set_seed(((self.seed * 1_000_003 + step) * 64 + self.accelerator.process_index) % 2**32)
             sums = torch.zeros(3, dtype=torch.float64)
             for images, labels, index in zip(*(t.chunk(s.accumulate) for t in batch), strict=True):
                 loss, right = self._loss(network, images, labels, index, step // self.per_epoch)
@@ -161,14 +164,24 @@ class Trainer:
             optimizer.zero_grad()
             if self.closing is not None:
                 self.closing.step(step, self.steps, self._average)
+                self._agree([t for k, t in self.network.state_dict().items() if k.startswith(f"{PREFIX}.")])
             self._note(loss_sum / world, right_sum, share_sum / world)
             due = time.monotonic() - saved > CHECKPOINT_SECONDS or self.state.step % self.per_epoch == 0
             if checkpoint is not None and due and self.accelerator.is_main_process:
                 self._save(checkpoint)
                 saved = time.monotonic()
-        self.accelerator.wait_for_everyone()
+        self._agree(list(self.network.buffers()))
+        # prepare() may have wrapped forward in autocast
+        self.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
         self.network.eval()
         return [Epoch(**e) for e in self.state.history]
+
+    @torch.no_grad()
+    def _agree(self, tensors: list[Tensor]) -> None:
+        """Give every process what the first one has: each moved its gates by what its own images showed."""
+        if self.accelerator.num_processes > 1:
+            for tensor in tensors:
+                tensor.copy_(broadcast(tensor.detach().clone()))
 
     def _average(self, value: float) -> float:
         return float(self.accelerator.reduce(torch.tensor(value, device=self.device), "mean"))
@@ -316,6 +329,8 @@ def _optimizer(network: nn.Module, settings: FinetunePart) -> torch.optim.SGD:
     """Groups by module identity: gates have their own learning rate and no weight decay."""
     gates = {id(p) for m in network.modules() if isinstance(m, Gate) for p in m.parameters()}
     trained = [p for p in network.parameters() if p.requires_grad]
+    if not trained:
+        raise TrainingError("every parameter of the network is frozen; set requires_grad on those to be trained")
     groups = [
         {
             "params": [p for p in trained if id(p) not in gates],

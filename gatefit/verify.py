@@ -1,12 +1,13 @@
 """Proof that a conversion is right: identity to the bit, and closed units that are dead to the bit."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from gatefit.errors import ConversionError
@@ -26,7 +27,7 @@ class Verification:
 
 
 @torch.no_grad()
-def verify(model: nn.Module, gated: nn.Module, image: Tensor, seed: int = 0) -> Verification:
+def verify(model: nn.Module, gated: fx.GraphModule, image: Tensor, seed: int = 0) -> Verification:
     """Check a fresh conversion in eval mode on the batch `image` (B, C, H, W); both networks stay as they are.
 
     Identity: all outputs of `gated` equal those of `model` to the bit. Corruption: with half of the units and
@@ -47,6 +48,8 @@ def verify(model: nn.Module, gated: nn.Module, image: Tensor, seed: int = 0) -> 
         state = subject.state_dict()
         wide, deep = [], []
         for gate in gates_of(subject).values():
+            if gate.fill is not None:
+                gate.fill.weight.copy_(_noise(list(gate.fill.weight.shape), gate.fill.weight, generator))
             if gate.channel is not None:
                 closed = _close_half(gate.channel, generator)
                 units += int(closed.sum())
@@ -62,8 +65,10 @@ def verify(model: nn.Module, gated: nn.Module, image: Tensor, seed: int = 0) -> 
                 blocks += 1
                 deep.append(gate)
         outputs = _outputs(subject, image)
+        calls = Counter(str(n.target) for n in gated.graph.nodes if n.op == "call_module")
+        only = {name for name, count in calls.items() if count == 1}
         for gate in deep:
-            _corrupt_block(state, gate, generator)
+            _corrupt_block(state, gate, only, generator)
         if not _equal(outputs, _outputs(subject, image)):
             raise ConversionError("refused: skipped blocks still change the converted network's outputs")
     return Verification(sum(t.numel() for t in before), units, blocks)
@@ -93,10 +98,10 @@ def _corrupt_units(state: dict[str, Tensor], gate: Gate, closed: Tensor, generat
         tensor.index_copy_(piece.axis, index, _noise(shape, tensor, generator))
 
 
-def _corrupt_block(state: dict[str, Tensor], gate: Gate, generator: torch.Generator) -> None:
+def _corrupt_block(state: dict[str, Tensor], gate: Gate, only: set[str], generator: torch.Generator) -> None:
     for layer in gate.of.layers:
         weight = state.get(f"{layer.name}.weight")
-        if weight is not None:
+        if weight is not None and layer.name in only:  # weights that other blocks share are not dead
             weight.copy_(_noise(list(weight.shape), weight, generator))
 
 

@@ -87,6 +87,12 @@ def test_grouped_convolution_by_hand():
     assert opened(gated, True, 1) == (rest + (one + two + three) // 4, rest + one + (two + three) // 4)
 
 
+def test_a_fill_is_counted():
+    plain, filled = (gatefit.retrofit(make("bottleneck"), images(), fill=f) for f in (False, True))
+    gates = [costs_of(g, (3, 8, 8)).blocks[0].gate for g in (plain, filled)]
+    assert gates[1] - gates[0] == 4 * 4  # 4 units into conv2's 4 channels
+
+
 def test_block_and_channel_saliences_combine():
     gated = gatefit.retrofit(make("basic"), images())
     costs = costs_of(gated, (3, 8, 8))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Basic, Network
+from networks import Basic, Biased, Network
 from torch import nn
 
 import gatefit
@@ -88,6 +88,17 @@ def test_without_training_the_start_alone_closes(dense, digits):
         assert gatefit.evaluate(gated, digits).share < 0.99
     with pytest.raises(RecipeError, match="no gate would close"):
         gatefit.finetune(gate(dense), digits, l1=1.0, settings=settings, start="identity")
+
+
+def test_a_fill_keeps_accuracy_where_a_mask_alone_loses_it(dense, digits):
+    accuracies = []
+    for fill in (False, True):
+        gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "c", "step", fill)
+        gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=0, target=0.7))
+        result = gatefit.evaluate(gated, digits)
+        assert result.share == pytest.approx(0.7, abs=0.02)
+        accuracies.append(result.accuracy)
+    assert accuracies[1] > accuracies[0] + 0.02
 
 
 def test_the_papers_form_closes_gates_too(dense, digits):
@@ -218,14 +229,30 @@ def test_target_needs_the_data_start(dense, digits):
         gatefit.finetune(gate(dense), digits, dense, settings=SHORT, start="identity")
 
 
-def test_accumulation_sees_the_same_images(dense, digits):
-    """BN sees smaller batches, all else is the same: losses agree closely."""
-    losses = []
-    for accumulate in (1, 2):
-        gated = gate(dense)
-        settings = replace(SHORT, epochs=1, accumulate=accumulate)
-        losses.append(gatefit.finetune(gated, digits, dense, settings=settings)[0].loss)
-    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+class Plain(nn.Module):
+    """No batch norm: what one image gives does not depend on its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 8, 3, padding=1), nn.Sequential(Biased(8), Biased(8))
+        self.head = nn.Linear(8, 10)
+        self.pretrained_cfg = {"input_size": SPEC.shape, "mean": SPEC.mean, "std": SPEC.std}
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def plain_losses(digits, **change):
+    """Losses of a short training whose gates follow an L1 price, which needs no averages over a batch."""
+    torch.manual_seed(0)
+    model = Plain()
+    settings = replace(SHORT, target=None, l1=1e-4, epochs=2, keep=0.0, **change)
+    gated = gate(model)
+    return [e.loss for e in gatefit.finetune(gated, digits, model, settings=settings)]
+
+
+def test_accumulation_gives_the_same_losses(digits):
+    assert plain_losses(digits, accumulate=2) == pytest.approx(plain_losses(digits), rel=1e-3)
 
 
 def test_gates_have_their_own_rate_and_no_decay(dense):
@@ -273,7 +300,7 @@ sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
 from dataclasses import replace
 import gatefit
-from test_finetune import SHORT, SPEC, gate, network
+from test_finetune import SHORT, SPEC, gate, network, plain_losses
 from gatefit.data import read_data
 from safetensors.torch import load_file
 from accelerate import PartialState
@@ -281,11 +308,12 @@ PartialState(cpu=True)
 digits = read_data("digits", SPEC)
 dense = network(); dense.load_state_dict(load_file(sys.argv[2])); dense.eval()
 gated = gate(dense)
-history = gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=3))
+gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=3))
 result = gatefit.evaluate(gated, digits, dense)
+losses = plain_losses(digits)
 if PartialState().is_main_process:
     out = {"world": PartialState().num_processes, "accuracy": result.accuracy, "share": result.share,
-           "losses": [e.loss for e in history]}
+           "losses": losses}
     open(sys.argv[3], "w").write(json.dumps(out))
 """
 
@@ -316,9 +344,9 @@ def test_two_processes_reach_the_result_of_one(dense, tmp_path):
         results.append(json.loads(out.read_text()))
     one, two = results
     assert (one["world"], two["world"]) == (1, 2)
-    assert two["accuracy"] == pytest.approx(one["accuracy"], abs=0.03)
+    assert two["accuracy"] == pytest.approx(one["accuracy"], abs=0.05)  # BN sees half a batch in each process
     assert two["share"] == pytest.approx(one["share"], abs=0.02)
-    assert two["losses"] == pytest.approx(one["losses"], rel=0.5)  # BN sees half a batch in each process
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
 
 
 def test_tensors_are_data_too(dense, digits):

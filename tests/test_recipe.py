@@ -29,7 +29,7 @@ def test_complete_recipe_round_trip(tmp_path):
 
 def test_paths_are_relative_to_the_recipe(tmp_path):
     recipe = read_recipe(written(tmp_path, '[model]\nname = "../x.py:f"\nweights = "./w.safetensors"\n'))
-    assert recipe.model.name == f"{tmp_path}/../x.py:f" and recipe.model.weights == f"{tmp_path}/w.safetensors"
+    assert recipe.model.name == f"{tmp_path.parent}/x.py:f" and recipe.model.weights == f"{tmp_path}/w.safetensors"
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ from gatefit.gates import PREFIX, gates_of, outputs_of
 from gatefit.verify import verify
 
 
+@pytest.mark.parametrize("fill", [False, True])
 @pytest.mark.parametrize("gates", ["lc", "l", "c"])
 @pytest.mark.parametrize("name", GATABLE)
-def test_identity_and_removability(name, gates):
+def test_identity_and_removability(name, gates, fill):
     model = make(name)
     if gates == "c" and not any(CASES[name].units):
         pytest.skip("no channel gate")
-    gated = gatefit.retrofit(model, images(), gates)
+    gated = gatefit.retrofit(model, images(), gates, fill=fill)
     checked = gated.meta["verification"]
     assert torch.equal(model(images(5)), gated(images(5)))
     assert checked.closed_units == (sum(u // 2 for u in CASES[name].units) if "c" in gates else 0)
