@@ -81,8 +81,6 @@ def rewrite(
     chosen = [b for b in found.blocks if "l" in gates or b.units]
     if not chosen:
         raise ConversionError(no_block_message(type(model).__name__, found))
-    if hasattr(traced, PREFIX):
-        raise ConversionError(f"the network has a part named '{PREFIX}' already; is it converted?")
     nodes = {node.name: node for node in traced.graph.nodes}
     traced.add_module(PREFIX, nn.Module())
     saliences = [_insert_gate(traced, nodes, block, Gate(block, gates, form, fill)) for block in chosen]
@@ -127,6 +125,8 @@ def _random_like(model: nn.Module, example: Tensor) -> Tensor:
 def _find(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoundBlocks]:
     if next(model.parameters(), None) is None:
         raise ConversionError(f"{type(model).__name__} has no parameters; pass a trained network")
+    if hasattr(model, PREFIX):
+        raise ConversionError(f"the network has a part named '{PREFIX}' already; is it converted?")
     traced = trace(model, example)
     return traced, with_channel_units(traced, match_blocks(traced))
 

@@ -104,6 +104,42 @@ class Biased(nn.Module):
         return x.add(self.conv2(torch.sigmoid(self.conv1(x))))
 
 
+class Nested(nn.Module):
+    """A residual block around another."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.inner, self.post = Basic(c, c), conv(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.post(self.inner(x))
+
+
+class Tied(nn.Module):
+    """One block called three times."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.block = Basic(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.block(x)
+        return x
+
+
+class Normed(nn.Module):
+    """Weights that are computed from others."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv1 = nn.utils.parametrizations.weight_norm(conv(c, c))
+        self.conv2 = conv(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
 class Reparameterised(nn.Module):
     """RepVGG: two layers side by side, no branch."""
 
@@ -182,6 +218,9 @@ CASES = {
     "biased": Case(lambda: Network(Biased(8)), (8,)),
     "unused state": Case(lambda: Network(Unused(8)), (8,)),
     "shared weights": Case(lambda: Network(SharedConv(8)), (0,), "more than once"),
+    "nested": Case(lambda: Network(Nested(8)), (8, 0), "branch's own output"),
+    "tied": Case(lambda: Network(Tied(8)), (0, 0, 0), "more than once"),
+    "weight norm": Case(lambda: Network(Normed(8)), (0,), "its weight is computed"),
     "reparameterised": Case(lambda: Network(Reparameterised(8)), (), "side by side"),
     "used elsewhere": Case(lambda: Network(UsedElsewhere(8)), (), "used elsewhere"),
     "heavy shortcut": Case(lambda: Network(HeavyShortcut(8)), (), "no shortcut"),

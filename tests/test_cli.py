@@ -145,6 +145,21 @@ def test_output_folders(converted, recipe, tmp_path):
     assert "is a file" in refused("convert", "--recipe", recipe, "--out", tmp_path / "file")
 
 
+def test_resume_keeps_out_of_folders_that_are_no_runs(recipe, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("x")
+    assert "not a run of gatefit" in refused("convert", "--recipe", recipe, "--out", tmp_path / "mine", "--resume")
+    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["precious.txt"]
+
+
+def test_any_seed_and_odd_names(recipe, tmp_path):
+    recipe.write_text(recipe.read_text().replace("epochs = 3", "epochs = 1"))
+    out = tmp_path / "o[/b]"
+    assert gatefit("convert", "--recipe", recipe, "--seed", "123456789", "--out", out).exit_code == 0
+    assert gatefit("evaluate", out).exit_code == 0
+    assert "seed must lie" in refused("convert", "--recipe", recipe, "--seed", "-1", "--out", tmp_path / "p")
+
+
 def test_nan_leaves_nothing(recipe, tmp_path):
     recipe.write_text(recipe.read_text() + "lr = 1e12\n")
     assert "not finite" in refused("convert", "--recipe", recipe, "--out", tmp_path / "out")

@@ -106,6 +106,24 @@ def test_block_and_channel_saliences_combine():
     assert macs[1] == costs.base + first.gate + second.gate
 
 
+def test_a_skipped_block_skips_the_block_in_it():
+    gated = gatefit.retrofit(make("nested"), images())
+    costs = costs_of(gated, (3, 8, 8))
+    assert {b.name: b.parent for b in costs.blocks} == {"blocks.0": None, "blocks.0.inner": "blocks.0"}
+    gates_of(gated)["blocks.0"].block.bias.data.fill_(-1)
+    gated(images(2))
+    outer = next(b for b in costs.blocks if b.name == "blocks.0")
+    assert macs_per_image(costs, opens_of(gated)).tolist() == [costs.base + outer.gate] * 2
+    assert costs.dense == STEM + HEAD + 3 * CONV
+
+
+@pytest.mark.parametrize("name", ["shared weights", "tied"])
+def test_weights_that_are_used_again_count_each_time(name):
+    gated = gatefit.retrofit(make(name), images())
+    costs = costs_of(gated, (3, 8, 8))
+    assert costs.base == STEM + HEAD and costs.dense == flops(make(name), images())
+
+
 def test_macs_follow_the_image_size():
     gated = gatefit.retrofit(make("basic"), images())
     small, large = costs_of(gated, (3, 8, 8)), costs_of(gated, (3, 16, 16))

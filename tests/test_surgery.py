@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import CASES, GATABLE, images, make
+from networks import CASES, GATABLE, Basic, images, make
 from torch import nn
 
 import gatefit
@@ -194,6 +194,44 @@ def test_penalty_counts_saliences():
 def test_unknown_options_are_refused(options):
     with pytest.raises(RecipeError):
         gatefit.retrofit(make("basic"), images(), **options)
+
+
+def test_names_that_differ_in_dots_alone():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.a_b = nn.Conv2d(3, 8, 1), nn.Module(), Basic(8, 8)
+            self.a.b = Basic(8, 8)
+
+        def forward(self, x):
+            return self.a_b(self.a.b(self.stem(x)))
+
+    gated = gatefit.retrofit(Named().eval(), images())
+    assert list(gates_of(gated)) == ["a.b", "a_b"]
+
+
+def test_what_a_graph_cannot_hold_is_named():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x, y):
+            return self.fc(x) + y
+
+    class Writing(Two):
+        def forward(self, x):
+            y = self.fc(x)
+            y.zero_()
+            return y
+
+    with pytest.raises(ConversionError, match=r"more than one input \(y\)"):
+        gatefit.find_blocks(Two(), torch.zeros(2, 3))
+    with pytest.raises(ConversionError, match="writes into a tensor"):
+        gatefit.find_blocks(Writing(), torch.zeros(2, 3))
+    gated = gatefit.retrofit(make("basic"), images())
+    with pytest.raises(ConversionError, match="already"):
+        gatefit.retrofit(gated, images())
 
 
 def test_untraced_parameters_have_a_message():
