@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +84,7 @@ def convert(
         folder = out or Path("runs") / name
         messages = Console(stderr=True, quiet=not _is_main(), markup=False)
         with TrainingBar(messages) as bar:
-            done = run(whole, folder, resume=resume, say=messages.print, report=bar)
+            done = run(whole, folder, resume=resume, say=partial(messages.print, soft_wrap=True), report=bar)
         if not _is_main():
             return
         if as_json:
