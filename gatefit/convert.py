@@ -1,6 +1,5 @@
 """The main job, from a recipe to an output folder."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -296,7 +295,7 @@ def _train_baseline(
 def _write(out: Path, gated: fx.GraphModule, model: nn.Module, recipe: Recipe, summary: dict[str, Any]) -> None:
     """All files of the folder; the report, which marks it as complete, last."""
     write_tensors(out / ORIGINAL, model.state_dict())
-    save(gated, out, {"recipe": json.loads(json.dumps(asdict(recipe)))})
+    save(gated, out, {"recipe": asdict(recipe)})
     write_json(out / REPORT, summary)
     for name in _CHECKPOINTS.values():
         (out / name).unlink(missing_ok=True)

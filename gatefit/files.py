@@ -49,10 +49,10 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged ({error}); write it anew") from error
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors, atomically."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, with text beside them where given, atomically."""
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    write_atomically(path, lambda file: safetensors.torch.save_file(plain, file))
+    write_atomically(path, lambda file: safetensors.torch.save_file(plain, file, metadata))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from gatefit.data import ImageSet, normalise
 from gatefit.errors import CheckpointError, RecipeError, TrainingError
-from gatefit.files import write_atomically
+from gatefit.files import write_tensors
 from gatefit.gates import PREFIX, Gate
 from gatefit.models import InputSpec
 from gatefit.recipe import FinetunePart
@@ -243,10 +242,8 @@ class Trainer:
         tensors = {f"model.{k}": v for k, v in self.network.state_dict().items()}
         for i, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         self.state.factor = self.closing.factor if self.closing is not None else 1.0
-        header = {"state": json.dumps({**asdict(self.state), "stage": self.stage})}
-        write_atomically(file, lambda f: safetensors.torch.save_file(tensors, f, metadata=header))
+        write_tensors(file, tensors, {"state": json.dumps({**asdict(self.state), "stage": self.stage})})
 
     def _restore(self, file: Path) -> None:
         try:
