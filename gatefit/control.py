@@ -6,6 +6,8 @@ For a fixed L1 coefficient c, a unit pays while score^2 / 2 > c per mean unit's 
 so the threshold on the score is sqrt(2 c).
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -60,7 +62,7 @@ def threshold_for(gated: nn.Module, costs: Costs, target: float, keep: float = 0
 
 def price_threshold(l1: float, factor: float) -> float:
     """Threshold on the pre-activations for an L1 coefficient; `factor` is what `start_from_data` returned."""
-    return factor * (2 * l1) ** 0.5
+    return factor * math.sqrt(2 * l1)
 
 
 def smallest_share(costs: Costs, keep: float) -> float:

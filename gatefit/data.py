@@ -374,4 +374,5 @@ def _decode(image: Image.Image, spec: InputSpec) -> Tensor:
         size = (max(height, round(image.height * scale)), max(width, round(image.width * scale)))
         image = TF.resize(image, list(size), InterpolationMode(spec.interpolation))
         image = TF.center_crop(image, [height, width])
-    return TF.pil_to_tensor(image)
+    tensor: Tensor = TF.pil_to_tensor(image)
+    return tensor

@@ -11,16 +11,21 @@ from gatefit.control import GAIN, lower, price_threshold, smallest_share, thresh
 from gatefit.cost import costs_of, macs_per_image, opens_of
 from gatefit.data import ImageSet, Source, as_images, normalise
 from gatefit.errors import RecipeError
+from gatefit.gates import gates_of
 from gatefit.models import InputSpec, output_count
 from gatefit.penalty import salience_penalty
 from gatefit.recipe import FinetunePart
+from gatefit.refit import images_that_fit, refit
 from gatefit.start import start_from_data
-from gatefit.training import Epoch, Report, Trainer, generator, loader, recalibrate
+from gatefit.training import Epoch, Report, Trainer, augment, generator, loader, recalibrate
 
 MEETING_IMAGES = 2000
 MEETING_ROUNDS = 3
 """Training images, and passes over them, on which the final threshold is found."""
 SETTLING_BATCH = 100
+PAPERS_GATE_LR = 1e-5
+SCRATCH_RAMP = 0.2
+"""Of a network without an original to keep to: what its units do is not known before it has learnt."""
 
 
 def finetune(
@@ -57,14 +62,13 @@ def finetune(
         TrainingError: the loss is not finite.
         CheckpointError: `checkpoint` is damaged or cannot be written.
     """
-    given = asdict(settings or FinetunePart())
-    if l1 is not None or target is not None:
-        given |= {"l1": l1, "target": target}
-    settings = FinetunePart(**given)
     images = as_images(data, gated.meta["input"], seed).train
     if not images.fits(output_count(gated, gated.meta["input"])):
         images = images.unlabelled()
+    settings = _resolved(settings or FinetunePart(), l1, target, start, teacher is not None)
     closing = GateClosing(gated, images, settings, start, seed)
+    gates = [p for gate in gates_of(gated).values() for fc in gate.layers for p in fc.parameters()]
+    frozen = [p for p in gates if p.requires_grad and not settings.gate_lr]
     trainer = Trainer(
         gated,
         images,
@@ -76,9 +80,29 @@ def finetune(
         teacher=teacher,
         closing=closing,
     )
-    history = trainer.run(checkpoint, resume)
-    closing.settle()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        history = trainer.run(checkpoint, resume)
+        closing.settle()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
     return history
+
+
+def _resolved(
+    settings: FinetunePart, l1: float | None, target: float | None, start: str, trained: bool
+) -> FinetunePart:
+    """The settings with everything that depends on the start, or on an original to keep to, filled in."""
+    given = asdict(settings)
+    if l1 is not None or target is not None:
+        given |= {"l1": l1, "target": target}
+    if settings.gate_lr is None:
+        given["gate_lr"] = 0.0 if start == "data" else PAPERS_GATE_LR
+    if settings.ramp is None or not settings.epochs:
+        given["ramp"] = 0.0 if trained or not settings.epochs else SCRATCH_RAMP
+    return FinetunePart(**given)
 
 
 def train_dense(
@@ -103,6 +127,7 @@ class GateClosing:
     def __init__(self, gated: fx.GraphModule, images: ImageSet, settings: FinetunePart, start: str, seed: int) -> None:
         self.gated, self.images, self.settings = gated, images, settings
         self.start, self.seed, self.factor = start, seed, 1.0
+        self.ramp = settings.ramp or 0.0
         self.costs = costs_of(gated, gated.meta["input"].shape)
         if settings.l1 is None and settings.target is None:
             raise RecipeError("give --l1 X or --target SHARE: without either no gate would close")
@@ -118,9 +143,18 @@ class GateClosing:
                 )
 
     def begin(self) -> None:
-        """Set the gates' weights; all stay open."""
-        if self.start == "data":
-            self.factor = start_from_data(self.gated, self.images, seed=self.seed)
+        """Set the gates' weights; without a ramp also close them, and refit what reads them."""
+        s = self.settings
+        if self.start != "data":
+            return
+        self.factor = start_from_data(self.gated, self.images, seed=self.seed)
+        if self.ramp:
+            return
+        self.gated.eval()
+        self._meet(price_threshold(s.l1, self.factor) if s.l1 else 0.0)
+        if s.refit:
+            refit(self.gated, self._some(min(s.refit, images_that_fit(self.gated))))
+            self._meet()
 
     def share(self) -> float:
         """Share of the dense MACs that the last forward ran."""
@@ -134,35 +168,35 @@ class GateClosing:
     def step(self, step: int, steps: int, average: Callable[[float], float]) -> None:
         """Move the threshold: towards the ramp of the target, or along the ramp of the price."""
         s = self.settings
-        before, now = (min(1.0, t / steps / s.ramp) if s.ramp else 1.0 for t in (step, step + 1))
+        before, now = (min(1.0, t / steps / self.ramp) if self.ramp else 1.0 for t in (step, step + 1))
         if s.target is not None:
             wanted = 1 - (1 - s.target) * now
-            gain = 1.0 if step == 0 else GAIN
+            gain = 1.0 if step == 0 and self.ramp else GAIN
             lower(self.gated, gain * average(threshold_for(self.gated, self.costs, wanted, s.keep)), s.keep)
         elif self.start == "data" and s.l1:
-            done = price_threshold(s.l1 * before**2, self.factor) if step else 0.0
+            done = price_threshold(s.l1 * before**2, self.factor) if step or not self.ramp else 0.0
             lower(self.gated, price_threshold(s.l1 * now**2, self.factor) - done, s.keep)
 
     @torch.no_grad()
     def settle(self) -> None:
         """BN statistics with the final hard gates, and the threshold that meets the target with them."""
         s = self.settings
-        if not s.epochs and s.l1:
-            for batch in self._some(SETTLING_BATCH):
-                self.gated.eval()(batch)
-                lower(self.gated, price_threshold(s.l1, self.factor), s.keep)
-        self._meet_target()
+        self._meet()
         if s.recalibrate and s.epochs:
-            recalibrate(self.gated, self._some(s.recalibrate))
-            self._meet_target()
+            # As they were trained: statistics of whole images cost a network that learnt from crops points.
+            recalibrate(self.gated, self._some(s.recalibrate, s.augment))
+            self._meet()
         self.gated.eval()
 
-    def _meet_target(self) -> None:
-        """Later blocks see what earlier ones closed, so the threshold is found in a few rounds."""
+    def _meet(self, shift: float = 0.0) -> None:
+        """Move the threshold to the target, or by `shift`; rounds, as later blocks see what earlier ones closed."""
         s = self.settings
-        if s.target is None:
-            return
         self.gated.eval()
+        if s.target is None:
+            for batch in self._some(SETTLING_BATCH):
+                self.gated(batch)
+                lower(self.gated, shift, s.keep)
+            return
         for _ in range(MEETING_ROUNDS):
             shifts = []
             for batch in self._some(MEETING_IMAGES):
@@ -170,12 +204,11 @@ class GateClosing:
                 shifts.append(threshold_for(self.gated, self.costs, s.target, s.keep))
             lower(self.gated, sum(shifts) / len(shifts), s.keep)
 
-    def _some(self, count: int) -> Iterator[Tensor]:
-        """Batches of `count` training images, the same each time, not augmented."""
+    def _some(self, count: int, augmented: bool = False) -> Iterator[Tensor]:
+        """Batches of `count` training images, the same each time."""
         chosen = torch.randperm(len(self.images), generator=generator(self.seed, -1))[:count]
-        batches = [b.tolist() for b in chosen.split(SETTLING_BATCH)]
-        return (self._ready(x) for x, _, _ in loader(self.images, batches))
-
-    def _ready(self, images: Tensor) -> Tensor:
-        device = next(self.gated.parameters()).device
-        return normalise(images.to(device), self.gated.meta["input"])
+        for pixels, _, index in loader(self.images, [b.tolist() for b in chosen.split(SETTLING_BATCH)]):
+            x = pixels.to(next(self.gated.parameters()).device)
+            if augmented and pixels.dtype == torch.uint8:
+                x = augment(x, index, len(self.images), self.seed, -1, self.settings.flip)
+            yield normalise(x, self.gated.meta["input"])

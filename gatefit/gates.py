@@ -55,8 +55,8 @@ class Gate(nn.Module):
         gates: "lc" for both gates, "l" for the block gate alone, "c" for the channel gate alone.
         form: see `GateForm`.
         fill: whether closed units leave behind what they were predicted to be: the layer that reads them gets
-            fill((1 - S_C) * max(z + lowered, 0)) added to each position, where z are the pre-activations. Not in
-            the paper; 0 at the start.
+            fill((1 - S_C) * max(z + lowered, 0) / 8) added to each position, where z are the pre-activations. Not
+            in the paper; 0 at the start.
     """
 
     lowered: Tensor
@@ -77,6 +77,11 @@ class Gate(nn.Module):
         self.outputs: GateOutputs | None = None
 
     @property
+    def layers(self) -> list[nn.Linear]:
+        """L-Net's and C-Net's layer: what `finetune.gate_lr` is the rate of."""
+        return [fc for fc in (self.block, self.channel) if fc is not None]
+
+    @property
     def macs(self) -> int:
         """MACs per image of the gate itself."""
         return sum(fc.in_features * fc.out_features for fc in (self.block, self.channel, self.fill) if fc is not None)
@@ -88,7 +93,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Saliences in [0, 1] of the block, (B, 1), and of its units, (B, units); and the fill, (B, channels)."""
-        pooled = self.pool(x)
+        # Straight-through slopes teach the gate; passed on to the layers before it they were noise that cost points.
+        pooled = self.pool(x.detach() if self.form == "step" else x)
         block = None if self.block is None else _linear(self.block, pooled)
         channel = None if self.channel is None else _linear(self.channel, pooled)
         self.outputs = GateOutputs(block, channel)
@@ -98,7 +104,26 @@ class Gate(nn.Module):
         salience = self.salience(channel)
         if self.fill is None:
             return whole, salience, None
-        return whole, salience, _linear(self.fill, (1 - salience) * (channel + self.lowered).clamp_min(0))
+        return whole, salience, _linear(self.fill, self._left_behind(channel, salience))
+
+    def opened(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What `forward` would give if every unit and the block were open: saliences 1, fill 0."""
+        one, zero = x.new_ones(x.shape[0], 1), x.new_zeros(x.shape[0], 1)
+        block, channel = (None if fc is None else one.expand(-1, fc.out_features) for fc in (self.block, self.channel))
+        return block, channel, None if self.fill is None else zero.expand(-1, self.fill.out_features)
+
+    def left_behind(self, x: Tensor) -> Tensor:
+        """What closed units were predicted to be, 0 for open ones: the input of the fill, (B, units)."""
+        assert self.channel is not None
+        logits = _linear(self.channel, self.pool(x))
+        return self._left_behind(logits, self.salience(logits))
+
+    def _left_behind(self, logits: Tensor, salience: Tensor) -> Tensor:
+        return (1 - salience) * self.predicted(logits)
+
+    def predicted(self, logits: Tensor) -> Tensor:
+        """What pre-activations say of the units, open or closed; scaled so that the fill learns as other layers do."""
+        return (logits + self.lowered).clamp_min(0) / 8
 
     def salience(self, logits: Tensor) -> Tensor:
         """Salience of each pre-activation; leaky in training."""
@@ -126,7 +151,8 @@ def _linear(fc: nn.Linear, x: Tensor) -> Tensor:
     # Without autocast: at bf16 the many values near 0 would open and close at random.
     device = x.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        return fc(x.to(fc.weight.dtype))
+        result: Tensor = fc(x.to(fc.weight.dtype))
+    return result
 
 
 def scale(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tensor:

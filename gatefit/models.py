@@ -202,7 +202,7 @@ def output_count(model: nn.Module, spec: InputSpec) -> int:
 
 
 def _torchvision_names() -> list[str]:
-    return torchvision.models.list_models(module=torchvision.models)
+    return list(torchvision.models.list_models(module=torchvision.models))
 
 
 def _from_file(reference: ModelReference) -> nn.Module:

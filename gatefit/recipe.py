@@ -82,8 +82,9 @@ class FinetunePart:
     """Optimiser steps are taken every `accumulate` forward passes; each sees batch_size / accumulate images."""
     lr: float = 0.01
     """Peak learning rate of the backbone; a cosine to zero after a short warm-up."""
-    gate_lr: float = 1e-5
-    """Peak learning rate of the gates (the paper's for ImageNet), which have no weight decay."""
+    gate_lr: float | None = None
+    """Peak learning rate of the gates, which have no weight decay; 0: they stay as they began, but for the
+    threshold. Not set: 0 from data, the paper's 1e-5 from the identity."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
     l1: float | None = None
@@ -92,8 +93,12 @@ class FinetunePart:
     """Share of the original's MACs to end at (sequential placement, gates included)."""
     penalty: Literal["macs", "plain"] = "macs"
     """"macs": each salience weighs as its unit's MACs (mean weight 1). "plain": all alike, as in the paper."""
-    ramp: float = 0.2
-    """Part of the training in which target or price go from open to their final value."""
+    refit: int = 4000
+    """Training images on which the layers behind closed gates are refitted before training (see `gatefit.refit`);
+    0: none. Fewer are used where they do not fit into memory. Only without a ramp."""
+    ramp: float | None = None
+    """Part of the training in which target or price go from open to their final value; 0: they begin there. Not
+    set: 0 with an original to keep to, 0.2 without."""
     distillation: float = 0.9
     """Weight of distillation from the original network; the labels have the rest. 1 without labels."""
     temperature: float = 4.0
@@ -103,19 +108,21 @@ class FinetunePart:
     keep: float = 0.1
     """Guard against collapse: at least this share of a block's units stays open on average."""
     recalibrate: int = 10000
-    """Training images for the final BN statistics with the hard gates; 0: leave them as trained."""
+    """Training images (augmented as in training) for the final BN statistics with the hard gates; 0: none."""
     precision: Literal["no", "fp16", "bf16"] = "no"
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, "finetune.epochs must be 0 or more")
         _check(self.batch_size > 0, "finetune.batch_size must be positive")
         _check(self.accumulate > 0, "finetune.accumulate must be positive")
-        _check(self.lr > 0 and self.gate_lr >= 0, "finetune.lr must be positive and finetune.gate_lr not negative")
+        _check(self.lr > 0, "finetune.lr must be positive")
+        _check(self.gate_lr is None or self.gate_lr >= 0, "finetune.gate_lr must be 0 or more")
         _check(self.l1 is None or self.l1 >= 0, f"l1 must be 0 or more, not {self.l1}")
         _check(self.target is None or 0 < self.target < 1, f"target must lie between 0 and 1, not {self.target}")
         _check(self.l1 is None or self.target is None, "give l1 or target, not both: each sets how much is closed")
         _check(0 <= self.distillation <= 1, "finetune.distillation must lie in [0, 1]")
-        _check(0 <= self.ramp <= 1, "finetune.ramp must lie in [0, 1]")
+        _check(self.ramp is None or 0 <= self.ramp <= 1, "finetune.ramp must lie in [0, 1]")
+        _check(self.refit >= 0, "finetune.refit must be 0 or more")
         _check(0 <= self.momentum < 1, "finetune.momentum must lie in [0, 1)")
         _check(self.weight_decay >= 0, "finetune.weight_decay must be 0 or more")
         _check(self.temperature > 0, "finetune.temperature must be positive")

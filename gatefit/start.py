@@ -68,7 +68,8 @@ def _mean(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tens
     if salience.shape[1] == 1 and value.shape[axis] != per_unit:
         return value.flatten(1).mean(1, keepdim=True)
     value = value.movedim(axis, 1).flatten(2) if value.dim() > 2 else value.unsqueeze(2)
-    return value.mean(2).unflatten(1, (-1, per_unit)).mean(2)
+    units: Tensor = value.mean(2).unflatten(1, (-1, per_unit)).mean(2)
+    return units
 
 
 def start_from_data(
@@ -130,7 +131,8 @@ def start_from_data(
         for name, gate in gates_of(gated).items():
             if gate.fill is not None and gate.channel is not None:
                 pooled = torch.cat([r[0] for r in rows[name]])
-                _start_fill(gated, gate, gate.channel(pooled).clamp_min(0), torch.cat(means[name]))
+                gate.lowered.zero_()
+                _start_fill(gated, gate, gate.predicted(gate.channel(pooled)), torch.cat(means[name]))
     gated.train(was_training)
     return k
 
@@ -139,7 +141,7 @@ def _start_fill(gated: fx.GraphModule, gate: Gate, predicted: Tensor, mean: Tens
     """What the reader would have made of each unit's mean activation, as predicted by the gate.
 
     Args:
-        predicted: max(z, 0) over the images, (N, units).
+        predicted: what the gate says of the images, (N, units).
         mean: true mean activations, (N, units).
     """
     assert gate.fill is not None and gate.of.gated is not None and gate.of.gated.consumer is not None
@@ -147,7 +149,6 @@ def _start_fill(gated: fx.GraphModule, gate: Gate, predicted: Tensor, mean: Tens
     weight = gated.get_submodule(gate.of.gated.consumer.name).get_parameter("weight").detach()
     summed = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
     gate.fill.weight.copy_(summed.unflatten(1, (gate.of.units, -1)).sum(2) * slope)
-    gate.lowered.zero_()
 
 
 @torch.no_grad()

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gatefit.data import ImageSet, normalise
-from gatefit.errors import CheckpointError, RecipeError, TrainingError
+from gatefit.errors import CheckpointError, ConversionError, RecipeError, TrainingError
 from gatefit.files import write_tensors
+from gatefit.fold import fold_batch_norms
 from gatefit.gates import PREFIX, Gate
 from gatefit.models import InputSpec
 from gatefit.recipe import FinetunePart
@@ -113,7 +114,7 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=settings.precision, kwargs_handlers=[unused])
         self.device = self.accelerator.device
         network.to(self.device)
-        self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False) if teacher else None
+        self.teacher = _fast(teacher).to(self.device).to(memory_format=torch.channels_last) if teacher else None
         self.state = _State()
         self._check()
         self.per_epoch = len(images) // settings.batch_size
@@ -141,6 +142,7 @@ class Trainer:
         elif self.closing is not None:
             self.closing.begin()
         network, optimizer = self.accelerator.prepare(self.network, self.optimizer)
+        self.network.to(memory_format=torch.channels_last)
         saved = time.monotonic()
         network.train()
         for batch in self._batches():
@@ -172,7 +174,7 @@ class Trainer:
         self._agree(list(self.network.buffers()))
         # prepare() may have wrapped forward in autocast
         self.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
-        self.network.eval()
+        self.network.eval().to(memory_format=torch.contiguous_format)
         return [Epoch(**e) for e in self.state.history]
 
     @torch.no_grad()
@@ -202,7 +204,7 @@ class Trainer:
         x = images.to(self.device)
         if images.dtype == torch.uint8 and s.augment:
             x = augment(x, index, len(self.images), self.seed, epoch, s.flip)
-        x = normalise(x, self.spec)
+        x = normalise(x, self.spec).contiguous(memory_format=torch.channels_last)
         labels = labels.to(self.device)
         logits = network(x)
         labelled = self.images.labels is not None
@@ -268,6 +270,15 @@ class Trainer:
             ) from error
 
 
+def _fast(teacher: nn.Module) -> nn.Module:
+    """A copy that is only asked for its predictions."""
+    try:
+        copied: nn.Module = fold_batch_norms(teacher)
+    except ConversionError:
+        copied = copy.deepcopy(teacher)
+    return copied.eval().requires_grad_(False)
+
+
 def distillation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     """KL divergence to the teacher's softened predictions, times T^2 (Hinton et al., arXiv 1503.02531)."""
     student = F.log_softmax(logits / temperature, 1)
@@ -324,7 +335,7 @@ def generator(seed: int, epoch: int) -> torch.Generator:
 
 def _optimizer(network: nn.Module, settings: FinetunePart) -> torch.optim.SGD:
     """Groups by module identity: gates have their own learning rate and no weight decay."""
-    gates = {id(p) for m in network.modules() if isinstance(m, Gate) for p in m.parameters()}
+    gates = {id(p) for m in network.modules() if isinstance(m, Gate) for fc in m.layers for p in fc.parameters()}
     trained = [p for p in network.parameters() if p.requires_grad]
     if not trained:
         raise TrainingError("every parameter of the network is frozen; set requires_grad on those to be trained")
@@ -334,10 +345,10 @@ def _optimizer(network: nn.Module, settings: FinetunePart) -> torch.optim.SGD:
             "peak": settings.lr,
             "weight_decay": settings.weight_decay,
         },
-        {"params": [p for p in trained if id(p) in gates], "peak": settings.gate_lr, "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in gates], "peak": settings.gate_lr or 0.0, "weight_decay": 0.0},
     ]
     return torch.optim.SGD(
-        [g for g in groups if g["params"]], settings.lr, settings.momentum, nesterov=settings.momentum > 0
+        [g for g in groups if g["params"] and g["peak"]], settings.lr, settings.momentum, nesterov=settings.momentum > 0
     )
 
 

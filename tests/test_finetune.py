@@ -21,6 +21,7 @@ from gatefit.finetune import train_dense
 from gatefit.gates import gates_of, outputs_of
 from gatefit.models import InputSpec
 from gatefit.recipe import FinetunePart
+from gatefit.refit import refit
 from gatefit.start import start_from_data
 from gatefit.training import _optimizer, augment, recalibrate
 
@@ -71,6 +72,25 @@ def test_different_images_take_different_paths(dense, digits):
     assert max(g.distinct for g in result.gates) > 5
 
 
+def test_gates_from_data_stay_unless_they_have_a_rate(dense, digits):
+    weights = []
+    for settings in (replace(SHORT, epochs=0), SHORT, replace(SHORT, gate_lr=0.01)):
+        gated = gate(dense, "c")
+        gatefit.finetune(gated, digits, dense, settings=settings)
+        weights.append(gates_of(gated)["blocks.1"].channel.weight.detach().clone())
+        assert all(p.requires_grad for p in gated.parameters())
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_step_gates_send_no_gradient_into_the_backbone():
+    gated = gate(network(), "c")
+    seen = []
+    gates_of(gated)["blocks.1"].register_forward_hook(lambda m, args, out: seen.append((args[0], out[1])))
+    gated.train()(torch.randn(4, *SPEC.shape))
+    entry, salience = seen[0]
+    assert torch.autograd.grad(salience.sum(), entry, allow_unused=True) == (None,)
+
+
 def test_a_higher_l1_closes_more(dense, digits):
     shares = []
     for l1 in (1e-5, 1e-3, 1e-1):
@@ -94,11 +114,53 @@ def test_a_fill_keeps_accuracy_where_a_mask_alone_loses_it(dense, digits):
     accuracies = []
     for fill in (False, True):
         gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "c", "step", fill)
-        gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=0, target=0.7))
+        gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=0, target=0.7, refit=0))
         result = gatefit.evaluate(gated, digits)
         assert result.share == pytest.approx(0.7, abs=0.02)
         accuracies.append(result.accuracy)
     assert accuracies[1] > accuracies[0] + 0.02
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_a_refit_mends_without_training(dense, digits, fill):
+    accuracies = []
+    for images in (0, 500):
+        gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "c", "step", fill)
+        gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=0, target=0.5, refit=images))
+        accuracies.append(gatefit.evaluate(gated, digits).accuracy)
+    assert accuracies[1] > accuracies[0] + 0.05
+
+
+def test_a_refit_changes_only_what_reads_changed_inputs(dense, digits):
+    x = torch.randn(50, *SPEC.shape)
+    gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "c", "step", True)
+    before = copy.deepcopy(gated.state_dict())
+    assert refit(gated, [x]) == 0  # all gates are open
+    list(gates_of(gated).values())[1].channel.bias.data[:4] = -1
+    assert refit(gated, [x]) > 0
+    changed = {k for k, v in gated.state_dict().items() if not torch.equal(v, before[k])}
+    assert not any(k.startswith(("stem", "blocks.0")) for k in changed)
+    assert any(k.startswith("blocks.1") for k in changed) and "head.weight" in changed
+    assert not any("running" in k for k in changed)
+
+
+def test_a_refit_is_the_least_squares_answer(dense, digits):
+    """A closed unit that is a copy of another costs nothing: the other takes over its weights."""
+    torch.manual_seed(0)
+    model = network().eval()
+    first, second = model.blocks[1].conv1, model.blocks[1].conv2
+    first.weight.data[0] = first.weight.data[1]
+    for norm in (model.blocks[1].bn1,):
+        for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            value.data[0] = value.data[1]
+    gated = gatefit.retrofit(model, torch.zeros(2, *SPEC.shape), "c", "step")
+    list(gates_of(gated).values())[1].channel.bias.data[0] = -1
+    x = torch.randn(200, *SPEC.shape)
+    worst = (gated.eval()(x) - model(x)).abs().max()
+    refit(gated, [x])
+    assert (gated(x) - model(x)).abs().max() < 0.1 * worst
+    merged = second.weight[:, 0] + second.weight[:, 1]
+    assert torch.allclose(gated.get_parameter("blocks.1.conv2.weight")[:, 1], merged, atol=0.05)
 
 
 def test_the_papers_form_closes_gates_too(dense, digits):
@@ -263,6 +325,7 @@ def test_gates_have_their_own_rate_and_no_decay(dense):
     assert {id(p) for p in gates["params"]} == own
     assert (gates["weight_decay"], gates["peak"], backbone["weight_decay"], backbone["peak"]) == (0, 0.25, 0.1, 0.5)
     assert len(backbone["params"]) + len(gates["params"]) == len(list(gated.parameters()))
+    assert len(_optimizer(gated, replace(settings, gate_lr=0.0)).param_groups) == 1
 
 
 def test_augmentation_depends_on_the_image_and_the_epoch_alone():
