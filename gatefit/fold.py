@@ -1,7 +1,7 @@
 """Batch norm folded into the convolution before it: a dense network's fastest plain form for inference."""
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -25,7 +25,7 @@ def fold_batch_norms(model: nn.Module) -> fx.GraphModule:
             continue
         source = node.all_input_nodes[0]
         conv = module_of(traced, source)
-        if type(conv) is not nn.Conv2d or len(source.users) > 1 or norm.running_var is None:
+        if type(conv) not in (nn.Conv2d, Conv2dSame) or len(source.users) > 1 or norm.running_var is None:
             continue
         if calls.count(source.target) > 1 or calls.count(node.target) > 1:
             continue

@@ -102,6 +102,8 @@ class FinetunePart:
     distillation: float = 0.9
     """Weight of distillation from the original network; the labels have the rest. 1 without labels."""
     temperature: float = 4.0
+    features: float = 30.0
+    """Weight of the distance to the original's block outputs (see `gatefit.distill`); 0: predictions alone teach."""
     augment: bool = True
     """Random crop (padding 1/8) and horizontal flip."""
     flip: bool = True
@@ -120,6 +122,7 @@ class FinetunePart:
         _check(self.l1 is None or self.l1 >= 0, f"l1 must be 0 or more, not {self.l1}")
         _check(self.target is None or 0 < self.target < 1, f"target must lie between 0 and 1, not {self.target}")
         _check(self.l1 is None or self.target is None, "give l1 or target, not both: each sets how much is closed")
+        _check(self.features >= 0, "finetune.features must be 0 or more")
         _check(0 <= self.distillation <= 1, "finetune.distillation must lie in [0, 1]")
         _check(self.ramp is None or 0 <= self.ramp <= 1, "finetune.ramp must lie in [0, 1]")
         _check(self.refit >= 0, "finetune.refit must be 0 or more")

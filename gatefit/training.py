@@ -1,6 +1,5 @@
 """The training loop: built on accelerate, resumable at any step, the same for dense and gated networks."""
 
-import copy
 import json
 import math
 import time
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gatefit.data import ImageSet, normalise
-from gatefit.errors import CheckpointError, ConversionError, RecipeError, TrainingError
+from gatefit.distill import Teacher, distillation, feature_distance, with_outputs_of
+from gatefit.errors import CheckpointError, RecipeError, TrainingError
 from gatefit.files import write_tensors
-from gatefit.fold import fold_batch_norms
 from gatefit.gates import PREFIX, Gate
 from gatefit.models import InputSpec
 from gatefit.recipe import FinetunePart
@@ -114,7 +113,10 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=settings.precision, kwargs_handlers=[unused])
         self.device = self.accelerator.device
         network.to(self.device)
-        self.teacher = _fast(teacher).to(self.device).to(memory_format=torch.channels_last) if teacher else None
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = Teacher(teacher, network, settings.features > 0).to(self.device)
+            self.teacher.to(memory_format=torch.channels_last)
         self.state = _State()
         self._check()
         self.per_epoch = len(images) // settings.batch_size
@@ -141,8 +143,9 @@ class Trainer:
             self._restore(checkpoint)
         elif self.closing is not None:
             self.closing.begin()
-        network, optimizer = self.accelerator.prepare(self.network, self.optimizer)
         self.network.to(memory_format=torch.channels_last)
+        student = with_outputs_of(self.network, self.teacher.blocks if self.teacher is not None else ())
+        network, optimizer = self.accelerator.prepare(student, self.optimizer)
         saved = time.monotonic()
         network.train()
         for batch in self._batches():
@@ -206,7 +209,7 @@ class Trainer:
             x = augment(x, index, len(self.images), self.seed, epoch, s.flip)
         x = normalise(x, self.spec).contiguous(memory_format=torch.channels_last)
         labels = labels.to(self.device)
-        logits = network(x)
+        logits, outputs = network(x)
         labelled = self.images.labels is not None
         weight = 0.0 if self.teacher is None else s.distillation if labelled else 1.0
         loss = logits.new_zeros((), dtype=torch.float32)
@@ -214,8 +217,10 @@ class Trainer:
             loss = loss + (1 - weight) * F.cross_entropy(logits.float(), labels)
         if weight > 0 and self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
-                wanted = self.teacher(x)
+                wanted, wanted_outputs = self.teacher(x)
             loss = loss + weight * distillation(logits.float(), wanted.float(), s.temperature)
+            if wanted_outputs:
+                loss = loss + s.features * feature_distance(outputs, wanted_outputs)
         penalty = self.closing.penalty() if self.closing is not None else None
         right = int((logits.detach().argmax(1) == labels).sum()) if labelled else 0
         return loss if penalty is None else loss + penalty, right
@@ -268,22 +273,6 @@ class Trainer:
             raise CheckpointError(
                 f"{file} is damaged or of another run ({str(error).splitlines()[0]}); remove it to begin anew"
             ) from error
-
-
-def _fast(teacher: nn.Module) -> nn.Module:
-    """A copy that is only asked for its predictions."""
-    try:
-        copied: nn.Module = fold_batch_norms(teacher)
-    except ConversionError:
-        copied = copy.deepcopy(teacher)
-    return copied.eval().requires_grad_(False)
-
-
-def distillation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """KL divergence to the teacher's softened predictions, times T^2 (Hinton et al., arXiv 1503.02531)."""
-    student = F.log_softmax(logits / temperature, 1)
-    teacher = F.log_softmax(wanted / temperature, 1)
-    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
 def augment(images: Tensor, index: Tensor, count: int, seed: int, epoch: int, flip: bool) -> Tensor:

@@ -1,0 +1,85 @@
+"""Distillation from the original network: its predictions, and the outputs of its blocks.
+
+Predictions on images that the original has learnt by heart say little; what each block gives at each position says
+much, and where gates close is where it goes wrong (FitNets, arXiv 1412.6550).
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from gatefit.errors import ConversionError
+from gatefit.fold import fold_batch_norms
+from gatefit.gates import PREFIX, gates_of
+
+
+class Teacher(nn.Module):
+    """A fast copy of the original, for inference only.
+
+    Args:
+        original: the network to learn from.
+        student: the network that learns.
+        features: whether to ask for the blocks' outputs too; only a gated student of that very network can be
+            compared with them, others learn from predictions alone (`blocks` is then empty).
+    """
+
+    def __init__(self, original: nn.Module, student: nn.Module, features: bool) -> None:
+        super().__init__()
+        self.blocks: tuple[str, ...] = ()
+        try:
+            self.network: nn.Module = fold_batch_norms(original)
+            if features and isinstance(student, fx.GraphModule) and _is_original(original, student):
+                self.blocks = tuple(gate.of.add for gate in gates_of(student).values())
+            self.network = with_outputs_of(self.network, self.blocks)
+        except ConversionError:
+            self.network = _PredictionsOnly(copy.deepcopy(original))
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Predictions, (B, classes), and the outputs of `blocks`, (B, ...) each."""
+        logits, outputs = self.network(x)
+        return logits, outputs
+
+
+class _PredictionsOnly(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.network(x), ()
+
+
+def with_outputs_of(network: nn.Module, blocks: tuple[str, ...]) -> nn.Module:
+    """A network that shares the modules of `network` and returns its result and the values of some nodes."""
+    if not isinstance(network, fx.GraphModule):
+        return _PredictionsOnly(network)
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(network.graph, copied)
+    by_name = {node.name: new for node, new in copied.items()}
+    graph.output((result, tuple(by_name[name] for name in blocks)))
+    return fx.GraphModule(network, graph)
+
+
+def distillation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """KL divergence to the teacher's softened predictions, times T^2 (Hinton et al., arXiv 1503.02531)."""
+    student = F.log_softmax(logits / temperature, 1)
+    teacher = F.log_softmax(wanted / temperature, 1)
+    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
+def feature_distance(outputs: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> Tensor:
+    """Mean over blocks and images of the squared error of a block's output, in units of the wanted one's variance."""
+    errors = []
+    for mine, theirs in zip(outputs, wanted, strict=True):
+        goal = theirs.float().flatten(1)
+        errors.append((mine.float().flatten(1) - goal).square().mean(1) / (goal.var(1) + 1e-6))
+    return torch.stack(errors).mean()
+
+
+def _is_original(original: nn.Module, gated: nn.Module) -> bool:
+    shapes = {k: v.shape for k, v in original.state_dict().items()}
+    return shapes == {k: v.shape for k, v in gated.state_dict().items() if not k.startswith(f"{PREFIX}.")}
