@@ -35,14 +35,14 @@ def branch(ax: Axes, y: float, gated: bool) -> None:
     box(ax, 2.0, y, "conv1, BN, ReLU")
     if gated:
         arrow(ax, (2.78, y), (3.28, y))
-        circle(ax, 3.5, y, "×")
+        circle(ax, 3.5, y, "\u00d7")
         arrow(ax, (3.72, y), (4.22, y))
     else:
         arrow(ax, (2.78, y), (4.22, y))
     box(ax, 5.0, y, "conv2, BN")
     if gated:
         arrow(ax, (5.78, y), (6.28, y))
-        circle(ax, 6.5, y, "×")
+        circle(ax, 6.5, y, "\u00d7")
         arrow(ax, (6.72, y), (7.28, y))
     else:
         arrow(ax, (5.78, y), (7.28, y))

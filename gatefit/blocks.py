@@ -7,7 +7,8 @@ from math import prod
 import torch
 from torch import fx, nn
 
-from gatefit.graph import WEIGHTED, module_of, path_of, shape_of
+from gatefit.graph import module_of, path_of, shape_of
+from gatefit.tracer import WEIGHTED
 
 _ADDS = {operator.add, torch.add, "add"}
 
@@ -44,6 +45,8 @@ class MaskPoint:
     node: str
     axis: int
     per_unit: int
+    hard: bool = False
+    """Behind another mask the salience counts as 0 or 1, lest it be squared."""
 
 
 @dataclass(frozen=True)
@@ -166,13 +169,14 @@ def match_blocks(traced: fx.GraphModule) -> FoundBlocks:
     graph = traced.graph
     macs = {node: node_macs(traced, node) for node in graph.nodes}
     live = _dependants(graph)
+    depthwise = {node for node in graph.nodes if _is_depthwise(module_of(traced, node))}
     blocks: list[ResidualBlock] = []
     skipped: list[Skipped] = []
     taken: set[str] = set()
     for node in graph.nodes:
         if not _is_tensor_add(node):
             continue
-        found = _match(traced, node, macs, live)
+        found = _match(traced, node, macs, live, depthwise)
         if isinstance(found, str):
             skipped.append(Skipped(node.name, found))
             continue
@@ -198,11 +202,16 @@ def _is_tensor_add(node: fx.Node) -> bool:
     )
 
 
+def _is_depthwise(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
+
+
 def _dependants(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose tensor value depends on the network's input."""
     live: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or any(i in live for i in node.all_input_nodes):
+        reads_shape = node.target in (getattr, "size", "dim") and shape_of(node) is None
+        if node.op == "placeholder" or (not reads_shape and any(i in live for i in node.all_input_nodes)):
             live.add(node)
     return live
 
@@ -221,7 +230,9 @@ def _cone(output: fx.Node, only_user: fx.Node) -> list[fx.Node]:
     return sorted(cone)
 
 
-def _match(traced: fx.GraphModule, add: fx.Node, macs: dict[fx.Node, int], live: set[fx.Node]) -> _Match | str:
+def _match(
+    traced: fx.GraphModule, add: fx.Node, macs: dict[fx.Node, int], live: set[fx.Node], depthwise: set[fx.Node]
+) -> _Match | str:
     """The residual branch of one add, or the reason why there is none."""
     sides = [a for a in add.args if isinstance(a, fx.Node)]
     if len(set(sides)) < 2:
@@ -235,7 +246,7 @@ def _match(traced: fx.GraphModule, add: fx.Node, macs: dict[fx.Node, int], live:
     order = sorted((0, 1), key=lambda i: weights[i], reverse=True)
     reasons = []
     for i in order:
-        result = _match_side(sides[i], sides[1 - i], cones[i], macs, live)
+        result = _match_side(sides[i], sides[1 - i], cones[i], macs, live, depthwise)
         if isinstance(result, _Match):
             return result
         reasons.append(result)
@@ -243,7 +254,12 @@ def _match(traced: fx.GraphModule, add: fx.Node, macs: dict[fx.Node, int], live:
 
 
 def _match_side(
-    output: fx.Node, shortcut: fx.Node, cone: list[fx.Node], macs: dict[fx.Node, int], live: set[fx.Node]
+    output: fx.Node,
+    shortcut: fx.Node,
+    cone: list[fx.Node],
+    macs: dict[fx.Node, int],
+    live: set[fx.Node],
+    depthwise: set[fx.Node],
 ) -> _Match | str:
     if not cone:
         return f"'{output.name}' is also used elsewhere, so it cannot be skipped"
@@ -259,7 +275,7 @@ def _match_side(
     entry_shape, out_shape = shape_of(entry), shape_of(output)
     if entry_shape is None or out_shape is None or entry_shape[0] != out_shape[0] or len(entry_shape) < 2:
         return f"'{entry.name}' is not one tensor per image (its batch axis is folded with another)"
-    way = _shortest_way(entry, shortcut, macs)
+    way = _shortest_way(entry, shortcut, macs, live, depthwise)
     if way is None:
         return f"the other side, '{shortcut.name}', does not start at '{entry.name}', the input of the branch"
     layers, projection = way
@@ -272,8 +288,10 @@ def _match_side(
     return _Match(tuple(cone), entry, output)
 
 
-def _shortest_way(entry: fx.Node, end: fx.Node, macs: dict[fx.Node, int]) -> tuple[int, int] | None:
-    """(layers, MACs) on the way from entry to end that has the fewest, or None if there is no way."""
+def _shortest_way(
+    entry: fx.Node, end: fx.Node, macs: dict[fx.Node, int], live: set[fx.Node], depthwise: set[fx.Node]
+) -> tuple[int, int] | None:
+    """(layers that mix channels, MACs) on the way from entry to end that has the fewest, None if there is no way."""
     best: dict[fx.Node, tuple[int, int]] = {end: (0, 0)}
     frontier = [end]
     while frontier:
@@ -281,11 +299,11 @@ def _shortest_way(entry: fx.Node, end: fx.Node, macs: dict[fx.Node, int]) -> tup
         if node is entry:
             continue
         layers, work = best[node]
-        step = (layers + (macs[node] > 0), work + macs[node])
+        step = (layers + (macs[node] > 0 and node not in depthwise), work + macs[node])
         if step[0] > 2:
             continue
         for source in node.all_input_nodes:
-            if source not in best or step < best[source]:
+            if source in live and (source not in best or step < best[source]):
                 best[source] = step
                 frontier.append(source)
     return best.get(entry)

@@ -2,7 +2,8 @@
 
 Zero salience has to make a channel dead in everything that reads it. So the walk starts at a layer's
 output, follows the channel through all that treats channels one by one, and stops at the layers that mix
-them (the consumers). The mask stands at the earliest point after which zero stays zero up to every consumer.
+them (the consumers). The mask stands at the earliest point after which zero stays zero up to every consumer;
+where there is no such point, a mask stands before every consumer that zero does not reach otherwise.
 """
 
 import operator
@@ -11,10 +12,12 @@ from math import gcd
 
 import torch
 import torch.nn.functional as F
+from timm.layers.grn import GlobalResponseNorm
 from torch import fx, nn
 
 from gatefit.blocks import ChannelUnits, Consumer, FoundBlocks, MaskPoint, ResidualBlock, Slice, layer_name
-from gatefit.graph import WEIGHTED, module_of, shape_of
+from gatefit.graph import module_of, shape_of
+from gatefit.tracer import WEIGHTED
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _ZERO_KEEPING = (
@@ -49,6 +52,10 @@ class _Walk:
     aligned: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
     keeps_zero: dict[tuple[fx.Node, fx.Node], bool] = field(default_factory=dict)
     consumers: set[tuple[fx.Node, fx.Node]] = field(default_factory=set)
+    opaque: set[tuple[fx.Node, fx.Node]] = field(default_factory=set)
+    """The consumers that are not understood: they are given zeros, and nothing of theirs is saved."""
+    lenient: bool = False
+    """Whether opaque consumers are allowed."""
     slices: list[tuple[str, int, int]] = field(default_factory=list)
     """(tensor, axis, size on that axis)."""
     scaled: set[str] = field(default_factory=set)
@@ -60,33 +67,35 @@ def with_channel_units(traced: fx.GraphModule, found: FoundBlocks) -> FoundBlock
 
 
 def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
+    """The first layer whose channels can be followed; else the first convolution whose rows at least are saved."""
     own = {layer.name for layer in block.layers}
-    reason = "no convolution or linear layer of its own"
     reasons: list[str] = []
-    for node in traced.graph.nodes:
-        if node.name not in block.nodes or layer_name(node) not in own:
-            continue
-        module = module_of(traced, node)
-        if not isinstance(module, WEIGHTED):
-            continue
-        try:
-            units = _units_from(traced, block, node, module)
-        except _NoChannelGate as stop:
-            reasons.append(f"{layer_name(node)}: {stop}")
-            continue
-        layers = tuple(replace(layer, scaled=layer.name in units.scaled) for layer in block.layers)
-        return replace(block, gated=units, layers=layers)
-    return replace(block, no_channel_gate="; ".join(reasons) or reason)
+    inside = [n for n in traced.graph.nodes if n.name in block.nodes and layer_name(n) in own]
+    candidates = [(n, m) for n in inside if isinstance(m := module_of(traced, n), WEIGHTED)]
+    convolutions = [(n, m) for n, m in candidates if isinstance(m, nn.modules.conv._ConvNd)]
+    for lenient, starts in ((False, candidates), (True, convolutions)):
+        for node, module in starts:
+            try:
+                units = _units_from(traced, block, node, module, lenient)
+            except _NoChannelGate as stop:
+                if not lenient:
+                    reasons.append(f"{layer_name(node)}: {stop}")
+                continue
+            layers = tuple(replace(layer, scaled=layer.name in units.scaled) for layer in block.layers)
+            return replace(block, gated=units, layers=layers)
+    return replace(block, no_channel_gate="; ".join(reasons) or "no convolution or linear layer of its own")
 
 
-def _units_from(traced: fx.GraphModule, block: ResidualBlock, start: fx.Node, module: nn.Module) -> ChannelUnits:
+def _units_from(
+    traced: fx.GraphModule, block: ResidualBlock, start: fx.Node, module: nn.Module, lenient: bool
+) -> ChannelUnits:
     """The channel units of one block with the outputs of layer `start` as channels."""
     _check_called_once(traced, start)
     _check_plain(module)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise _NoChannelGate("transposed convolution")
     axis, channels = _output_channels(start, module)
-    walk = _Walk(traced, set(block.nodes), channels, channels)
+    walk = _Walk(traced, set(block.nodes), channels, channels, lenient=lenient)
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         walk.units = gcd(channels, module.groups)
     _claim_rows(walk, start, module, channels)
@@ -106,13 +115,16 @@ def _units_from(traced: fx.GraphModule, block: ResidualBlock, start: fx.Node, mo
         raise _NoChannelGate("nothing reads its channels")
     if not walk.units > 1:
         raise _NoChannelGate("only one unit")
-    masks = {node: walk.aligned[node] for node in _mask_nodes(walk, start)}
+    points = _mask_nodes(walk, start)
+    masks = {node: walk.aligned[node] for node in points}
+    again = _behind(walk, points)
     return ChannelUnits(
         target=layer_name(start),
         channels=channels,
         units=walk.units,
         masks=tuple(
-            MaskPoint(n.name, axis, wide * channels // walk.units) for n, (axis, wide) in sorted(masks.items())
+            MaskPoint(n.name, axis, wide * channels // walk.units, hard=n in again)
+            for n, (axis, wide) in sorted(masks.items())
         ),
         slices=tuple(Slice(tensor, axis, size // walk.units) for tensor, axis, size in walk.slices),
         scaled=frozenset(walk.scaled),
@@ -140,6 +152,20 @@ def _output_channels(node: fx.Node, module: nn.Module) -> tuple[int, int]:
 
 def _step(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
     """Go from an aligned node to one reader of it; whether to walk on from there."""
+    before = (walk.units, list(walk.slices), set(walk.scaled))
+    try:
+        return _follow(walk, node, user)
+    except _NoChannelGate:
+        if not walk.lenient or user in walk.aligned:
+            raise
+        walk.units, walk.slices, walk.scaled = before
+        walk.consumers.add((node, user))
+        walk.opaque.add((node, user))
+        return False
+
+
+def _follow(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
+    """`_step` without tolerance."""
     axis, wide = walk.aligned[node]
     module = module_of(walk.traced, user)
     keeps: bool | None
@@ -154,6 +180,10 @@ def _step(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
         keeps, wide = passed
     elif isinstance(module, _BATCH_NORM):
         _claim_norm(walk, user, module, axis)
+        keeps = False
+    elif isinstance(module, GlobalResponseNorm):
+        walk.consumers.add((node, user))  # it adds up all channels, so it has to be given zeros
+        walk.slices += [(f"{user.target}.{name}", 0, walk.channels * wide) for name in ("weight", "bias")]
         keeps = False
     elif isinstance(module, _POOLS):
         keeps = True
@@ -247,7 +277,7 @@ def _only_consumer(walk: _Walk, masked: set[fx.Node]) -> Consumer | None:
         return None
     ((source, user),) = walk.consumers
     module = module_of(walk.traced, user)
-    if source not in masked or not isinstance(module, WEIGHTED):
+    if source not in masked or not isinstance(module, WEIGHTED) or (source, user) in walk.opaque:
         return None
     axis, channels = _output_channels(user, module)
     return Consumer(layer_name(user), user.name, axis, channels)
@@ -270,8 +300,28 @@ def _mask_nodes(walk: _Walk, start: fx.Node) -> list[fx.Node]:
             masks.append(node)
             continue
         if any((node, user) in walk.consumers for user in node.users):
-            raise _NoChannelGate(f"'{node.name}' is read by a layer before the point where it can be masked")
+            return _masks_at_readers(walk)
         frontier.extend(u for u in node.users if (node, u) in walk.keeps_zero and u not in masks + frontier)
-    if len(masks) > 1:
-        raise _NoChannelGate("it would need masks at several points: " + ", ".join(n.name for n in masks))
+    return masks if len(masks) == 1 else _masks_at_readers(walk)
+
+
+def _masks_at_readers(walk: _Walk) -> list[fx.Node]:
+    """A mask before every consumer that zero does not reach from an earlier mask."""
+    masks: list[fx.Node] = []
+    zero: set[fx.Node] = set()
+    for node in sorted(walk.aligned):
+        if any(walk.keeps_zero.get((source, node)) and source in zero for source in node.all_input_nodes):
+            zero.add(node)
+        elif any((node, user) in walk.consumers for user in node.users):
+            masks.append(node)
+            zero.add(node)
     return masks
+
+
+def _behind(walk: _Walk, masks: list[fx.Node]) -> set[fx.Node]:
+    """The aligned nodes that an earlier mask has scaled already."""
+    behind: set[fx.Node] = set()
+    for node in sorted(walk.aligned):
+        if any((s, node) in walk.keeps_zero and (s in behind or s in masks) for s in node.all_input_nodes):
+            behind.add(node)
+    return behind

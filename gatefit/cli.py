@@ -125,6 +125,28 @@ def inspect(
 
 
 @app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a shell pattern such as 'resnet*d'.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Which networks of timm and torchvision can be gated, and how much of their MACs."""
+    with _user_errors():
+        from rich.progress import track
+
+        from gatefit.coverage import cover
+        from gatefit.display import show_coverage
+        from gatefit.models import names_like
+
+        names = names_like(pattern)
+        messages = Console(stderr=True)
+        found = [cover(n) for n in track(names, "matching", console=messages, transient=True)]
+        if as_json:
+            typer.echo(json.dumps([asdict(c) for c in found], indent=2))
+        else:
+            show_coverage(Console(markup=False), found)
+
+
+@app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A folder that gatefit convert wrote.")],
     data: Annotated[str, typer.Option(help="Other images; default: those of the conversion.")] = "",

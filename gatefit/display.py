@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from gatefit.blocks import FoundBlocks
+from gatefit.coverage import Coverage
 from gatefit.training import Progress as Step
 
 
@@ -89,6 +90,23 @@ def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
         for skipped in found.skipped:
             refused.add_row(skipped.node, skipped.reason)
         console.print(refused)
+
+
+def show_coverage(console: Console, found: list[Coverage]) -> None:
+    """One line for each network: what the gates reach, or the reason why nothing."""
+    table = Table()
+    for name in ("network", "blocks", "with channel gate", "MACs", "under block gates", "under channel gates"):
+        table.add_column(name, justify="left" if name == "network" else "right", overflow="fold")
+    for c in found:
+        if c.blocks:
+            shares = (percent(c.block_share), percent(c.channel_share))
+            table.add_row(c.name, str(c.blocks), str(c.channel_blocks), mega(c.macs), *shares)
+    refused = [c for c in found if not c.blocks]
+    if len(refused) < len(found):
+        console.print(table)
+    for c in refused:
+        console.print(f"{c.name}: not gated: {c.reason}", soft_wrap=True)
+    console.print(f"{len(found) - len(refused)} of {len(found)} networks can be gated")
 
 
 def show_report(console: Console, report: dict[str, Any]) -> None:

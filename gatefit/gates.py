@@ -164,6 +164,11 @@ def scale(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tens
     return value * salience.view(shape).to(value.dtype)
 
 
+def harden(salience: Tensor) -> Tensor:
+    """1 where a salience is above 0, else 0; same shape and dtype."""
+    return (salience > 0).to(salience.dtype)
+
+
 def add_fill(value: Tensor, fill: Tensor, axis: int) -> Tensor:
     """Add a fill (B, channels) to every position of `value` (B, ...), whose channels stand on `axis`."""
     shape = [value.shape[0]] + [1] * (value.dim() - 1)

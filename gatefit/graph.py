@@ -3,19 +3,15 @@
 import copy
 import inspect
 import operator
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError
-
-WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
-"""Modules whose multiply-accumulates are counted."""
+from gatefit.tracer import ShapeTracer
 
 _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -25,28 +21,6 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     F.relu_: F.relu,
     torch.relu_: F.relu,
 }
-
-
-class _Tracer(fx.Tracer):
-    """Keeps modules whose behaviour depends on train/eval, and timm's own leaves, as one node each."""
-
-    def __init__(self) -> None:
-        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self._leaves = tuple(get_notrace_modules())
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if super().is_leaf_module(m, module_qualified_name) or isinstance(m, self._leaves):
-            return True
-        return not any(isinstance(s, WEIGHTED) for s in m.modules()) and any(
-            _branches_on_training(type(s)) for s in m.modules()
-        )
-
-
-def _branches_on_training(cls: type[nn.Module]) -> bool:
-    try:
-        return "self.training" in textwrap.dedent(inspect.getsource(cls.forward))
-    except (OSError, TypeError):
-        return False
 
 
 def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
@@ -67,12 +41,15 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     for module in root.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
+    analysed = copy.deepcopy(root).to("meta")
+    tracer = ShapeTracer(None if example is None else torch.empty_like(example, device="meta"))
     try:
-        graph = _Tracer().trace(root, concrete_args=_defaults(root))
+        graph = tracer.trace(analysed, concrete_args=_defaults(root))
     except ConversionError:
         raise
     except Exception as error:
         raise ConversionError(f"{type(model).__name__} cannot be traced by torch.fx: {_first_line(error)}") from error
+    _take_constants(graph, analysed, root)
     _drop_frozen_inputs(graph)
     _functionalise(graph)
     traced = fx.GraphModule(root, graph, class_name=type(model).__name__)
@@ -82,8 +59,6 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     traced.recompile()
     for name, module in traced.named_modules():  # one by one: parts of a network may be frozen in eval mode
         module.training = modes.get(name, model.training)
-    if example is not None:
-        propagate_shapes(traced, example)
     return traced
 
 
@@ -145,6 +120,17 @@ def _defaults(root: nn.Module) -> dict[str, Any]:
     if needed:
         raise ConversionError(f"{type(root).__name__} takes more than one input ({', '.join(needed)})")
     return {p.name: p.default for p in named}
+
+
+def _take_constants(graph: fx.Graph, analysed: nn.Module, root: nn.Module) -> None:
+    """Tensors that forward made out of nothing are kept with the network."""
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name.startswith("_tensor_constant") and not hasattr(root, name):
+            value = getattr(analysed, name)
+            if value.is_meta:
+                raise ConversionError(f"'{node.name}' is computed from weights in a way that torch.fx does not see")
+            setattr(root, name, value)
 
 
 def _drop_frozen_inputs(graph: fx.Graph) -> None:

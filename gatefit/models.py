@@ -1,6 +1,7 @@
 """Networks by name: timm, torchvision, or a function in the user's own file; and weights for them."""
 
 import difflib
+import fnmatch
 import importlib.util
 import inspect
 from dataclasses import dataclass, field
@@ -66,6 +67,20 @@ def parse_reference(text: str, base: Path | None = None) -> ModelReference:
     near = list(dict.fromkeys(difflib.get_close_matches(name, names, n=3, cutoff=0.5)))
     hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models() and torchvision.models"
     raise ModelError(f"no model '{text}' in {source or 'timm or torchvision'}{hint}")
+
+
+def names_like(pattern: str) -> list[str]:
+    """Names of timm and torchvision, qualified, that contain `pattern` or fit it as a shell pattern ("resnet*d").
+
+    Raises:
+        ModelError: there is none.
+    """
+    every = [f"timm/{n}" for n in timm.list_models()] + [f"torchvision/{n}" for n in _torchvision_names()]
+    fitting = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    chosen = [n for n in every if fnmatch.fnmatch(n, fitting) or fnmatch.fnmatch(n.partition("/")[2], fitting)]
+    if not chosen:
+        raise ModelError(f"no model of timm or torchvision fits '{pattern}'")
+    return chosen
 
 
 def build(reference: ModelReference, pretrained: bool = False) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.data import ImageSet, normalise
-from gatefit.gates import Gate, gates_of, scale
+from gatefit.gates import Gate, gates_of, harden, scale
 from gatefit.penalty import unit_weights
 
 RIDGE = 1e-3
@@ -39,6 +39,8 @@ class _Probe(fx.Interpreter):
             args, _ = self.fetch_args_kwargs_from_env(n)
             source = n.args[1]
             assert isinstance(source, fx.Node) and isinstance(source.args[0], fx.Node)
+            if source.target is harden:  # a second mask on units that were probed at the first
+                return super().run_node(n)
             gate = self.fetch_attr(str(source.args[0].target))
             kind = source.args[1]
             assert isinstance(kind, int)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from gatefit.blocks import FoundBlocks, ResidualBlock, match_blocks
 from gatefit.channels import with_channel_units
 from gatefit.errors import ConversionError, RecipeError
-from gatefit.gates import PREFIX, Gate, GateForm, add_fill, scale
+from gatefit.gates import PREFIX, Gate, GateForm, add_fill, harden, scale
 from gatefit.graph import trace
 from gatefit.models import input_spec, recognise
 from gatefit.verify import verify
@@ -168,7 +168,9 @@ def _insert_scales(
     for mask in block.gated.masks if channel is not None and block.gated is not None else ():
         masked = nodes[mask.node]
         with graph.inserting_after(masked):
-            scaled = graph.call_function(scale, (masked, channel, mask.axis, mask.per_unit))
+            salience = graph.call_function(harden, (channel,)) if mask.hard else channel
+        with graph.inserting_after(salience if mask.hard else masked):
+            scaled = graph.call_function(scale, (masked, salience, mask.axis, mask.per_unit))
         masked.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)  # noqa: B023
     if whole is not None:
         add = nodes[block.add]

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
 
@@ -187,6 +189,168 @@ class Unused(Basic):
         return super().forward(x)
 
 
+class Res2(nn.Module):
+    """Res2Net: channels in slices, each convolution also gets the one before's output."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(c, 12, 1), nn.BatchNorm2d(12)
+        self.convs = nn.ModuleList(conv(4, 4) for _ in range(2))
+        self.conv3, self.bn3 = conv(12, c, 1), nn.BatchNorm2d(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(F.relu(self.bn1(self.conv1(x))), 4, 1)
+        outputs: list[Tensor] = []
+        for i, layer in enumerate(self.convs):
+            outputs.append(F.relu(layer(parts[i] + outputs[-1] if i else parts[i])))
+        return F.relu(self.bn3(self.conv3(torch.cat([*outputs, parts[2]], 1))) + x)
+
+
+class Ghost(nn.Module):
+    """GhostNet: half of the hidden channels are made from the other half by a cheap depthwise convolution."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.primary, self.bn1 = conv(c, 8, 1), nn.BatchNorm2d(8)
+        self.cheap, self.bn2 = conv(8, 8, groups=8), nn.BatchNorm2d(8)
+        self.project = conv(16, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = F.relu(self.bn1(self.primary(x)))
+        return x + self.project(torch.cat([first, F.relu(self.bn2(self.cheap(first)))], 1))
+
+
+class Fuse(nn.Module):
+    """HRNet: two resolutions exchange; the fusing additions are no blocks."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.high, self.low = Basic(c, c), Basic(c, 2 * c, 2)
+        self.up, self.down = conv(2 * c, c, 1), conv(c, 2 * c, stride=2)
+        self.merge = conv(3 * c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high, low = self.high(x), self.low(x)
+        fused_high = F.relu(high + F.interpolate(self.up(low), scale_factor=2))
+        fused_low = F.relu(low + self.down(high))
+        return self.merge(torch.cat([fused_high, F.interpolate(fused_low, scale_factor=2)], 1))
+
+
+class Aggregation(nn.Module):
+    """DLA: a root reads two blocks' outputs and adds the last of them."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.first, self.second = Basic(c, c), Basic(c, c)
+        self.root, self.bn = conv(2 * c, c, 1), nn.BatchNorm2d(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.first(x)
+        b = self.second(a)
+        return F.relu(self.bn(self.root(torch.cat([b, a], 1))) + b)
+
+
+class CrossStage(nn.Module):
+    """CSP: blocks on one half of the channels, then a concatenation with the other half."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.expand, self.blocks = conv(c, 2 * c, 1), nn.Sequential(Basic(c, c), Basic(c, c))
+        self.merge = conv(2 * c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, worked = self.expand(x).chunk(2, 1)
+        return self.merge(torch.cat([self.blocks(worked), kept], 1))
+
+
+class ScaledAndDropped(nn.Module):
+    """Layer scale, and one drop path module that is called by both branches."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.branch1 = nn.Sequential(conv(c, 6), nn.GELU(), conv(6, c))
+        self.branch2 = nn.Sequential(conv(c, 5), nn.GELU(), conv(5, c))
+        self.gamma = nn.Parameter(torch.full((c, 1, 1), 0.1))
+        self.drop_path = DropPath(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.gamma * self.branch1(x))
+        return x + self.drop_path(self.gamma * self.branch2(x))
+
+
+class ChannelsLast(nn.Module):
+    """ConvNeXt: the MLP of the branch works on (B, H, W, C)."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.depthwise, self.norm = conv(c, c, groups=c), nn.LayerNorm(c)
+        self.fc1, self.fc2 = nn.Linear(c, 3 * c), nn.Linear(3 * c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.fc2(F.gelu(self.fc1(y))).permute(0, 3, 1, 2)
+
+
+class Response(ChannelsLast):
+    """ConvNeXt V2: global response norm between, which adds a constant behind and needs zeros before."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__(c)
+        self.grn = GlobalResponseNorm(3 * c)
+        nn.init.normal_(self.grn.weight)
+        nn.init.normal_(self.grn.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.fc2(self.grn(F.gelu(self.fc1(y)))).permute(0, 3, 1, 2)
+
+
+class InPlace(Basic):
+    """Chains of in-place operations, on views of what is read later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x)).relu_()
+        y = self.bn2(self.conv2(y))
+        y += x
+        return y.clamp_(min=0).mul_(2)
+
+
+class AfterAdd(Basic):
+    """Squeeze-and-excitation behind the addition."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__(c, c)
+        self.se = SqueezeExcite(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.se(super().forward(x))
+
+
+class TwoReaders(nn.Module):
+    """The hidden channels are read by two layers, one of them behind a bias: a mask for each."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.first, self.bn = conv(c, 6), nn.BatchNorm2d(6)
+        self.left, self.right = conv(6, c), conv(6, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return x + (self.left(y) * self.right(self.bn(y)))
+
+
+class Looping(Basic):
+    """Control flow on shapes, and sizes computed from them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        y = self.conv1(x).reshape(b, c // 2, 2, h * w).flatten(1, 2).view(b, c, h, w)
+        for _ in range(h // 8):
+            y = F.relu(self.bn1(y))
+        grid = torch.arange(w, dtype=x.dtype, device=x.device).expand(b, c, h, w)
+        return x + self.bn2(self.conv2(y)) + 0.01 * grid if x.size(-1) > 2 else x
+
+
 class Network(nn.Module):
     def __init__(self, *blocks: nn.Module, classes: int = 10) -> None:
         super().__init__()
@@ -223,6 +387,19 @@ CASES = {
     "weight norm": Case(lambda: Network(Normed(8)), (0,), "its weight is computed"),
     "reparameterised": Case(lambda: Network(Reparameterised(8)), (), "side by side"),
     "used elsewhere": Case(lambda: Network(UsedElsewhere(8)), (), "used elsewhere"),
+    "res2net": Case(lambda: Network(Res2(8)), (12,)),
+    "ghost": Case(lambda: Network(Ghost(8)), (8,)),
+    "hrnet": Case(lambda: Network(Fuse(8)), (8, 16), "does not start at"),
+    "dla": Case(lambda: Network(Aggregation(8)), (8, 8), "instead of one"),
+    "csp": Case(lambda: Network(CrossStage(8)), (8, 8)),
+    "layer scale, drop path called twice": Case(lambda: Network(ScaledAndDropped(8)), (6, 5)),
+    "nhwc": Case(lambda: Network(ChannelsLast(8)), (24,)),
+    "global response norm": Case(lambda: Network(Response(8)), (24,)),
+    "in place": Case(lambda: Network(InPlace(8, 8)), (8,)),
+    "squeeze-excite after the add": Case(lambda: Network(AfterAdd(8)), (8,)),
+    "two readers": Case(lambda: Network(TwoReaders(8)), (6,)),
+    "looping": Case(lambda: Network(Looping(8, 8)), (8,), "does not depend on the input"),
+    "no residual": Case(lambda: Network(nn.Sequential(conv(8, 8), nn.ReLU())), ()),
     "heavy shortcut": Case(lambda: Network(HeavyShortcut(8)), (), "no shortcut"),
 }
 GATABLE = [name for name, case in CASES.items() if case.units]

@@ -14,7 +14,7 @@ ZOO = {
     "timm/efficientnet_b0": (9, 9), "timm/convnext_tiny": (18, 18), "timm/regnety_016": (27, 27),
     "timm/vit_tiny_patch16_224": (24, 12), "timm/densenet121": (0, 0), "timm/resnetv2_50": (16, 16),
     "timm/dla34": (12, 12), "timm/hrnet_w18_small": (23, 23), "timm/cspdarknet53": (23, 23),
-    "timm/swin_tiny_patch4_window7_224": (24, 12), "timm/res2net50_26w_4s": (16, 0),
+    "timm/swin_tiny_patch4_window7_224": (24, 12), "timm/res2net50_26w_4s": (16, 16),
     "torchvision/resnet50": (16, 16), "torchvision/mobilenet_v2": (10, 10), "torchvision/resnext50_32x4d": (16, 16),
     "torchvision/vgg11": (0, 0),
 }  # fmt: skip

@@ -1,0 +1,187 @@
+"""Match, and with --check also convert and train for one step, every network of timm and torchvision.
+
+    python benchmarks/coverage.py                    # all names: writes docs/coverage.md and docs/coverage.json
+    python benchmarks/coverage.py resnet --check     # names that contain "resnet", with all checks
+
+Each network has a process of its own, so that one that crashes or hangs does not end the run.
+"""
+
+import argparse
+import multiprocessing
+import multiprocessing.connection
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import mean
+
+from rich.console import Console
+from rich.progress import track
+
+from gatefit.coverage import Coverage, cover, kind_of
+from gatefit.files import write_atomically, write_json
+from gatefit.models import names_like
+
+SECONDS = 300
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one network."""
+
+    coverage: Coverage
+    seconds: float
+    checked: str = ""
+    """"passed", or why not; empty: not asked for."""
+
+
+def check(name: str) -> str:
+    """Convert a network with random weights and take one training step; "passed" or the reason why not."""
+    import torch
+
+    import gatefit
+    from gatefit.gates import gates_of
+    from gatefit.models import build, input_spec, parse_reference
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        network = build(parse_reference(name))
+        spec = input_spec(network)
+        gated = gatefit.retrofit(network, torch.zeros(2, *spec.shape))
+    except gatefit.GatefitError as error:
+        return str(error)
+    optimizer = torch.optim.SGD(gated.train().parameters(), lr=1e-3)
+    outputs = gated(torch.randn(2, *spec.shape))
+    loss = outputs.float().square().mean() + gatefit.salience_penalty(gated)
+    loss.backward()
+    gates = [p for g in gates_of(gated).values() for fc in g.layers for p in fc.parameters()]
+    given = [p.grad for p in gated.parameters() if p.grad is not None]
+    if not all(bool(g.isfinite().all()) for g in given) or any(p.grad is None for p in gates):
+        return "gradients are missing or not finite"
+    optimizer.step()
+    return "passed"
+
+
+def main() -> None:
+    """Run, show the totals, write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("patterns", nargs="*", default=[""])
+    parser.add_argument("--check", action="store_true", help="convert and take a training step too")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=DOCS / "coverage.md")
+    options = parser.parse_args()
+    names = list(dict.fromkeys(n for p in options.patterns for n in names_like(p)))
+    outcomes = run(names, options.check, options.jobs)
+    write_json(options.out.with_suffix(".json"), {"networks": [asdict(o) for o in outcomes]})
+    write_atomically(options.out, lambda file: file.write_text(report(outcomes)))
+    Console().print(totals(outcomes), markup=False)
+
+
+def run(names: list[str], checked: bool, jobs: int) -> list[Outcome]:
+    """One process for each name, `jobs` at a time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gatefit.coverage", "gatefit.surgery"])
+    waiting, running, done = list(reversed(names)), {}, {}
+    bar = iter(track(names, "networks", console=Console(stderr=True)))
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(name, checked, sender))
+            process.start()
+            sender.close()
+            running[receiver] = (name, process, time.monotonic())
+        for receiver in multiprocessing.connection.wait(list(running), timeout=1):
+            name, process, began = running.pop(receiver)
+            try:
+                done[name] = receiver.recv()
+            except EOFError:
+                process.join()
+                done[name] = _failed(name, f"its process ended with code {process.exitcode}", began)
+            next(bar, None)
+        for receiver, (name, process, began) in list(running.items()):
+            if time.monotonic() - began > SECONDS:
+                process.kill()
+                del running[receiver]
+                done[name] = _failed(name, f"took more than {SECONDS} s", began)
+                next(bar, None)
+    return [done[n] for n in names]
+
+
+def _work(name: str, checked: bool, sender: Connection) -> None:
+    began = time.monotonic()
+    try:
+        coverage = cover(name)
+    except Exception as error:
+        coverage = Coverage(name, "", reason=f"{type(error).__name__}: {error}"[:300])
+    outcome = Outcome(coverage, time.monotonic() - began)
+    if checked and coverage.blocks:
+        try:
+            outcome = replace(outcome, checked=check(name))
+        except Exception as error:
+            outcome = replace(outcome, checked=f"{type(error).__name__}: {error}"[:300])
+    sender.send(outcome)
+
+
+def _failed(name: str, reason: str, began: float) -> Outcome:
+    return Outcome(Coverage(name, "", reason=reason), time.monotonic() - began)
+
+
+def totals(outcomes: list[Outcome]) -> str:
+    """The figures of the whole run."""
+    lines = []
+    for source in ("timm", "torchvision"):
+        some = [o.coverage for o in outcomes if o.coverage.name.startswith(f"{source}/")]
+        if some:
+            branches, gated = sum(c.convolutional for c in some), sum(c.convolutional_gated for c in some)
+            lines.append(
+                f"{source}: {len(some)} networks, {sum(c.blocks > 0 for c in some)} with a block gate, "
+                f"{sum(c.channel_blocks > 0 for c in some)} with a channel gate; "
+                f"{gated} of {branches} convolutional branches with a channel gate"
+            )
+    checks = [o.checked for o in outcomes if o.checked]
+    if checks:
+        lines.append(f"converted and trained for one step: {checks.count('passed')} of {len(checks)}")
+    return "\n".join(lines)
+
+
+def report(outcomes: list[Outcome]) -> str:
+    """docs/coverage.md: one line for each family."""
+    families: dict[tuple[str, str], list[Coverage]] = defaultdict(list)
+    for outcome in outcomes:
+        families[outcome.coverage.name.partition("/")[0], outcome.coverage.family].append(outcome.coverage)
+    rows = []
+    for (source, family), some in sorted(families.items()):
+        gated = [c for c in some if c.blocks]
+        reasons = sorted({kind_of(c.reason)[:160] for c in some if not c.blocks})
+        rows.append(
+            f"| {source} | {family} | {len(some)} | {len(gated)} | {sum(c.channel_blocks > 0 for c in some)} "
+            f"| {_span([c.blocks for c in gated])} | {_span([c.units for c in gated])} "
+            f"| {_percent([c.block_share for c in gated])} | {_percent([c.channel_share for c in gated])} "
+            f"| {'; '.join(reasons).replace('|', '/')} |"
+        )
+    head = (
+        "# Which networks can be gated\n\nWritten by `python benchmarks/coverage.py`. "
+        "Shares of MACs are means over the gated names of a family.\n\n"
+        + "\n".join(f"- {line}" for line in totals(outcomes).splitlines())
+        + "\n\n| from | family | names | block gate | channel gate | blocks | channel units | MACs under block gates "
+        "| under channel gates | the others, because |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
+def _span(values: list[int]) -> str:
+    if not values:
+        return "-"
+    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def _percent(values: list[float]) -> str:
+    return f"{100 * mean(values):.0f} %" if values else "-"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""A torch.fx tracer that knows shapes while it traces.
+
+Each proxy carries the value that its node has on the meta device, so that code that branches on shapes or loops over
+them is followed as it runs, and no part of a network with convolutions in it has to stay opaque. Sizes are integers
+that remember their node: control flow sees the number, the graph gets the node, and so takes other sizes too.
+"""
+
+import inspect
+import operator
+import textwrap
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Any
+
+from timm.layers import get_notrace_functions, get_notrace_modules
+from timm.layers.grn import GlobalResponseNorm
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gatefit.errors import ConversionError
+
+WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+"""Modules whose multiply-accumulates are counted."""
+
+_UNKNOWN = object()
+_VALUE = "value"
+
+
+class ShapeTracer(fx.Tracer):
+    """Keeps as one node only what has no convolution or linear layer in it, and PyTorch's own modules.
+
+    Args:
+        example: what the network will be given, on the meta device; None: shapes stay unknown, as in torch.fx.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, example: Tensor | None) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.example = example
+        self.computing = False
+        self._leaves = (*get_notrace_modules(), GlobalResponseNorm)
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
+        """Trace a network on the meta device; its tensor nodes get `meta["shape"]` where an example is given."""
+        with _Recording(self):
+            graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            value = node.meta.pop(_VALUE, None)
+            if isinstance(value, Tensor):
+                node.meta["shape"] = value.shape
+        return graph
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is kept as one node."""
+        if super().is_leaf_module(m, module_qualified_name):
+            return True
+        if any(isinstance(s, WEIGHTED) for s in m.modules()):
+            return self.example is None and isinstance(m, self._leaves)
+        return isinstance(m, self._leaves) or any(_branches_on_training(type(s)) for s in m.modules())
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Record a call of a module, unless a value is being computed."""
+        return forward(*args, **kwargs) if self.computing else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Record a read of a parameter or buffer, unless a value is being computed."""
+        return attr_val if self.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Proxies that know their value."""
+        return _ShapedProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """Sizes become their nodes."""
+        if isinstance(a, Size):
+            return a.node
+        if isinstance(a, _Shape):
+            return tuple(self.create_arg(x) for x in a)
+        return super().create_arg(a)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        """Record a node and compute its value; numbers are given back as such."""
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        if self.example is None:
+            return proxy
+        value = self._compute(proxy.node)
+        proxy.node.meta[_VALUE] = value
+        if isinstance(value, bool):
+            return value
+        return Size(value, proxy.node, self) if isinstance(value, int) else proxy
+
+    def _compute(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":  # others are arguments with a default, which is baked in
+            return self.example if node is next(iter(node.graph.nodes)) else _UNKNOWN
+        sources = node.all_input_nodes
+        if any(s.meta.get(_VALUE, _UNKNOWN) is _UNKNOWN for s in sources):
+            return _UNKNOWN
+        args: Any = fx.map_arg(node.args, lambda n: n.meta[_VALUE])
+        kwargs: Any = fx.map_arg(node.kwargs, lambda n: n.meta[_VALUE])
+        args, kwargs = tree_map(_on_meta, (args, kwargs))
+        self.computing = True
+        try:
+            if node.op == "get_attr":
+                return operator.attrgetter(str(node.target))(self.root)
+            if node.op == "call_module":
+                return self.root.get_submodule(str(node.target)).forward(*args, **kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            assert callable(node.target)
+            return node.target(*args, **kwargs)
+        except Exception as error:
+            shape = tuple(self.example.shape) if self.example is not None else ()
+            raise ConversionError(
+                f"the network does not take an input of shape {shape}: {str(error).strip().splitlines()[0]}; "
+                "pass an example of the size that it was built for"
+            ) from error
+        finally:
+            self.computing = False
+
+
+def _on_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _branches_on_training(cls: type[nn.Module]) -> bool:
+    try:
+        return "self.training" in textwrap.dedent(inspect.getsource(cls.forward))
+    except (OSError, TypeError):
+        return False
+
+
+class _Recording(TorchFunctionMode):
+    """Records functions that are given sizes but no tensor of the network, such as torch.arange(height)."""
+
+    def __init__(self, tracer: ShapeTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.tracer.computing or any(issubclass(t, fx.Proxy) for t in types):
+            return func(*args, **kwargs)
+        if not any(isinstance(leaf, Size | fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        if inspect.ismethoddescriptor(func):
+            return self.tracer.create_proxy("call_method", func.__name__, args, kwargs)
+        return self.tracer.create_proxy("call_function", func, args, kwargs)
+
+
+class _ShapedProxy(fx.Proxy):
+    """A proxy that knows its value on the meta device, unless it is unknown."""
+
+    @property
+    def _value(self) -> Any:
+        return self.node.meta.get(_VALUE, _UNKNOWN)
+
+    def __getattr__(self, k: str) -> Any:
+        value = self._value
+        if isinstance(value, Tensor):
+            if k == "shape":
+                return _Shape(_sizes(self, value))
+            if k == "ndim":
+                return value.dim()
+        return _ShapedAttribute(self, k)
+
+    def size(self, dim: int | None = None) -> Any:
+        """As Tensor.size."""
+        if not isinstance(self._value, Tensor):
+            return self.tracer.create_proxy("call_method", "size", (self,) if dim is None else (self, dim), {})
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> Any:
+        """As Tensor.dim."""
+        value = self._value
+        return value.dim() if isinstance(value, Tensor) else self.tracer.create_proxy("call_method", "dim", (self,), {})
+
+    def numel(self) -> Any:
+        """As Tensor.numel."""
+        if not isinstance(self._value, Tensor):
+            return self.tracer.create_proxy("call_method", "numel", (self,), {})
+        return prod(self.shape)
+
+    def __bool__(self) -> bool:
+        value = self._value
+        return super().__bool__() if value is _UNKNOWN or isinstance(value, Tensor) else bool(value)
+
+    def __len__(self) -> int:
+        value = self._value
+        return super().__len__() if value is _UNKNOWN else len(value)
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self._value
+        if isinstance(value, Tensor | tuple | list):
+            return iter([operator.getitem(self, i) for i in range(len(value))])  # type: ignore[call-overload]
+        return iter(super().__iter__())
+
+
+class _ShapedAttribute(fx.proxy.Attribute, _ShapedProxy):
+    """Like fx's: becomes a node only when it is used as a value, not when it is called."""
+
+    def __init__(self, root: fx.Proxy, attr: str) -> None:
+        super().__init__(root, attr)
+
+
+class _Shape(tuple[Any, ...]):
+    """The shape of a proxy."""
+
+    def numel(self) -> Any:
+        """Product of the sizes."""
+        return prod(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        return _Shape(part) if isinstance(index, slice) else part
+
+
+def _sizes(proxy: _ShapedProxy, value: Tensor) -> list["Size"]:
+    tracer = proxy.tracer
+    assert isinstance(tracer, ShapeTracer)
+    shape = tracer.create_node("call_function", getattr, (proxy.node, "shape"), {})
+    sizes = []
+    for i, size in enumerate(value.shape):
+        node = tracer.create_node("call_function", operator.getitem, (shape, i), {})
+        node.meta[_VALUE] = size
+        sizes.append(Size(size, node, tracer))
+    return sizes
+
+
+class Size(int):
+    """An integer that remembers the node that computes it."""
+
+    node: fx.Node
+    tracer: ShapeTracer
+
+    def __new__(cls, value: int, node: fx.Node, tracer: ShapeTracer) -> "Size":  # noqa: D102
+        size = super().__new__(cls, value)
+        size.node, size.tracer = node, tracer
+        return size
+
+    def __deepcopy__(self, memo: Any) -> "Size":
+        return self
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
+
+
+def _recorded(name: str) -> Callable[[Size, Any], Any]:
+    plain = getattr(int, name)
+    swapped = name.startswith("__r") and name != "__rshift__"
+    function = getattr(operator, f"__{name[3:]}" if swapped else name)
+
+    def method(self: Size, other: Any) -> Any:
+        value = plain(self, other)
+        if not isinstance(other, int) or isinstance(other, bool) or self.tracer.computing:
+            return value
+        mine, theirs = self.node, other.node if isinstance(other, Size) else other
+        pair = (theirs, mine) if swapped else (mine, theirs)
+        node = self.tracer.create_node("call_function", function, pair, {})
+        node.meta[_VALUE] = value
+        return Size(value, node, self.tracer)
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    setattr(Size, f"__{_name}__", _recorded(f"__{_name}__"))
+    setattr(Size, f"__r{_name}__", _recorded(f"__r{_name}__"))
