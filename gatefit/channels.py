@@ -13,12 +13,14 @@ from math import gcd
 import torch
 import torch.nn.functional as F
 from timm.layers.grn import GlobalResponseNorm
+from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import fx, nn
 
 from gatefit.blocks import ChannelUnits, Consumer, FoundBlocks, MaskPoint, ResidualBlock, Slice, layer_name
 from gatefit.graph import module_of, shape_of
 from gatefit.tracer import WEIGHTED
 
+_STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _ZERO_KEEPING = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Tanh,
@@ -67,23 +69,30 @@ def with_channel_units(traced: fx.GraphModule, found: FoundBlocks) -> FoundBlock
 
 
 def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
-    """The first layer whose channels can be followed; else the first convolution whose rows at least are saved."""
-    own = {layer.name for layer in block.layers}
+    """Units of the first layer that saves half of what the best one would; followed to the end, or at least rows."""
+    macs = {layer.name: layer.macs for layer in block.layers}
     reasons: list[str] = []
-    inside = [n for n in traced.graph.nodes if n.name in block.nodes and layer_name(n) in own]
-    candidates = [(n, m) for n in inside if isinstance(m := module_of(traced, n), WEIGHTED)]
-    convolutions = [(n, m) for n, m in candidates if isinstance(m, nn.modules.conv._ConvNd)]
-    for lenient, starts in ((False, candidates), (True, convolutions)):
-        for node, module in starts:
+    found: list[tuple[int, ChannelUnits]] = []
+    inside = [n for n in traced.graph.nodes if n.name in block.nodes and layer_name(n) in macs]
+    for node in inside:
+        module = module_of(traced, node)
+        if not isinstance(module, WEIGHTED):
+            continue
+        for lenient in (False, True)[: 1 + isinstance(module, nn.modules.conv._ConvNd)]:
             try:
                 units = _units_from(traced, block, node, module, lenient)
             except _NoChannelGate as stop:
                 if not lenient:
                     reasons.append(f"{layer_name(node)}: {stop}")
                 continue
-            layers = tuple(replace(layer, scaled=layer.name in units.scaled) for layer in block.layers)
-            return replace(block, gated=units, layers=layers)
-    return replace(block, no_channel_gate="; ".join(reasons) or "no convolution or linear layer of its own")
+            found.append((sum(macs[name] for name in units.scaled), units))
+            break
+    if not found:
+        return replace(block, no_channel_gate="; ".join(reasons) or "no convolution or linear layer of its own")
+    most = max(saved for saved, _ in found)
+    units = next(units for saved, units in found if 2 * saved >= most)
+    layers = tuple(replace(layer, scaled=layer.name in units.scaled) for layer in block.layers)
+    return replace(block, gated=units, layers=layers)
 
 
 def _units_from(
@@ -142,6 +151,11 @@ def _check_plain(module: nn.Module) -> None:
         raise _NoChannelGate("its weight is computed (weight or spectral normalisation)")
 
 
+def _check_columns(node: fx.Node, module: nn.Module) -> None:
+    if isinstance(module, _STANDARDISED):
+        raise _NoChannelGate(f"the weights of '{node.name}' are standardised over all that it reads")
+
+
 def _output_channels(node: fx.Node, module: nn.Module) -> tuple[int, int]:
     shape = shape_of(node)
     if shape is None:
@@ -173,6 +187,7 @@ def _follow(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
         _check_called_once(walk.traced, user)
     if isinstance(module, WEIGHTED):
         _check_plain(module)
+        _check_columns(user, module)
         passed = _through_layer(walk, node, user, module)
         if passed is None:
             walk.consumers.add((node, user))

@@ -18,14 +18,14 @@ from torch import Tensor, fx, nn
 from gatefit.gates import Gate, add_fill
 from gatefit.graph import module_of, shape_of
 
-RIDGE = 1e-2
-"""Pull of each weight towards its present value, as a share of the mean square of what it reads."""
+PRIOR_IMAGES = 40
+"""Pull of each weight towards its present value, as if so many images had spoken for it."""
 POSITIONS = 1 << 16
 """Output positions of a batch that are used, about: more rows than that change nothing."""
-MEMORY = 4 << 30
+MEMORY = 6 << 30
 """Bytes that the values of both runs may take, about."""
-LIVE = 6
-"""Large values that stand at once: what a block reads, what it computes, and its shortcut, in both runs."""
+LIVE = 4
+"""Large values that stand at once: what a layer reads and what it gives, in both runs."""
 
 
 def images_that_fit(gated: fx.GraphModule) -> int:
@@ -129,7 +129,7 @@ def _can_be_refitted(layer: nn.Module | None) -> bool:
 
 
 def _refit_layer(gated: fx.GraphModule, node: fx.Node, layer: Any, runs: _Runs) -> None:
-    """Least squares on what is missing: weight += argmin |change . inputs - missing|^2 + ridge |change|^2."""
+    """Least squares on what is missing: weight += argmin |change . inputs - missing|^2 + prior |change|^2."""
     source = node.all_input_nodes[0]
     added = next((n.all_input_nodes[1] for n in node.users if n.target is add_fill), None)
     fill, kept = _fill(gated, added, runs) if added is not None else (None, [])
@@ -137,6 +137,7 @@ def _refit_layer(gated: fx.GraphModule, node: fx.Node, layer: Any, runs: _Runs) 
     size = read + (fill.in_features if fill is not None else 0)
     gram = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
     cross = torch.zeros(size, layer.weight.shape[0], dtype=torch.float64, device=layer.weight.device)
+    images = sum(len(x) for x in runs.images)
     for i, x in enumerate(runs.actual[source]):
         missing = runs.open[node][i] - layer(x)
         inputs = _inputs(layer, x)
@@ -149,7 +150,7 @@ def _refit_layer(gated: fx.GraphModule, node: fx.Node, layer: Any, runs: _Runs) 
             rows, goals = rows[:, ::every], goals[:, ::every]
         gram += (rows @ rows.T).double()
         cross += (rows @ goals.T).double()
-    gram.diagonal().mul_(1 + RIDGE).add_(1e-12 * gram.diagonal().max() + 1e-30)
+    gram.diagonal().mul_(1 + PRIOR_IMAGES / images).add_(1e-12 * gram.diagonal().max() + 1e-30)
     change = torch.linalg.solve(gram, cross).T.to(layer.weight.dtype)
     layer.weight.add_(change[:, :read].reshape(layer.weight.shape))
     if fill is not None and added is not None:

@@ -54,7 +54,7 @@ class ShapeTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is kept as one node."""
-        if super().is_leaf_module(m, module_qualified_name):
+        if super().is_leaf_module(m, module_qualified_name) or isinstance(m, WEIGHTED):
             return True
         if any(isinstance(s, WEIGHTED) for s in m.modules()):
             return self.example is None and isinstance(m, self._leaves)
