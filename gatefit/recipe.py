@@ -102,7 +102,7 @@ class FinetunePart:
     distillation: float = 0.9
     """Weight of distillation from the original network; the labels have the rest. 1 without labels."""
     temperature: float = 4.0
-    features: float = 30.0
+    features: float = 5.0
     """Weight of the distance to the original's block outputs (see `gatefit.distill`); 0: predictions alone teach."""
     augment: bool = True
     """Random crop (padding 1/8) and horizontal flip."""

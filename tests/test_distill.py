@@ -34,7 +34,7 @@ def test_the_original_teaches_its_blocks_outputs():
 
 def test_the_distance_is_a_mean_over_images_in_units_of_variance():
     wanted = torch.randn(6, 4, 5, 5)
-    off = wanted + 2 * wanted.flatten(1).std(1)[:, None, None, None]
+    off = wanted + 2 * wanted.flatten(1).std(1, correction=0)[:, None, None, None]
     assert torch.isclose(feature_distance((off,), (wanted,)), torch.tensor(4.0), rtol=1e-3)
     halves = [feature_distance((a,), (b,)) for a, b in zip(off.chunk(2), wanted.chunk(2), strict=True)]
     assert torch.isclose(sum(halves) / 2, feature_distance((off,), (wanted,)), rtol=1e-5)

@@ -155,7 +155,7 @@ def test_a_refit_is_the_least_squares_answer(dense, digits):
             value.data[0] = value.data[1]
     gated = gatefit.retrofit(model, torch.zeros(2, *SPEC.shape), "c", "step")
     list(gates_of(gated).values())[1].channel.bias.data[0] = -1
-    x = torch.randn(200, *SPEC.shape)
+    x = torch.randn(4000, *SPEC.shape)
     worst = (gated.eval()(x) - model(x)).abs().max()
     refit(gated, [x])
     assert (gated(x) - model(x)).abs().max() < 0.1 * worst
