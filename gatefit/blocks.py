@@ -152,12 +152,17 @@ def node_macs(traced: fx.GraphModule, node: fx.Node) -> int:
     if isinstance(module, nn.Linear):
         return per_image * module.in_features
     if node.op == "call_function" and node.target in (nn.functional.conv1d, nn.functional.conv2d, torch.conv2d):
-        weight = shape_of(node.args[1])
+        weight = shape_of(_weight_of(node))
         return per_image * prod(weight[1:]) if weight else 0
     if node.op == "call_function" and node.target is nn.functional.linear:
-        weight = shape_of(node.args[1])
+        weight = shape_of(_weight_of(node))
         return per_image * weight[1] if weight else 0
     return 0
+
+
+def _weight_of(call: fx.Node) -> object:
+    """The second argument of F.linear or F.conv, by position or by name."""
+    return call.args[1] if len(call.args) > 1 else call.kwargs.get("weight")
 
 
 def match_blocks(traced: fx.GraphModule) -> FoundBlocks:

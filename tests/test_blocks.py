@@ -15,6 +15,7 @@ ZOO = {
     "timm/vit_tiny_patch16_224": (24, 12), "timm/densenet121": (0, 0), "timm/resnetv2_50": (16, 16),
     "timm/dla34": (12, 12), "timm/hrnet_w18_small": (23, 23), "timm/cspdarknet53": (23, 23),
     "timm/swin_tiny_patch4_window7_224": (24, 12), "timm/res2net50_26w_4s": (16, 16),
+    "timm/ghostnet_050": (16, 16), "timm/nfnet_f0": (12, 12), "timm/beit_base_patch16_224": (24, 12),
     "torchvision/resnet50": (16, 16), "torchvision/mobilenet_v2": (10, 10), "torchvision/resnext50_32x4d": (16, 16),
     "torchvision/vgg11": (0, 0),
 }  # fmt: skip
