@@ -16,14 +16,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean
 
+import torch
 from rich.console import Console
 from rich.progress import track
+from torch.utils._pytree import tree_leaves
 
+import gatefit
 from gatefit.coverage import Coverage, cover, kind_of
 from gatefit.files import write_atomically, write_json
-from gatefit.models import names_like
+from gatefit.gates import gates_of
+from gatefit.models import build, input_spec, names_like, parse_reference
 
 SECONDS = 300
+SIDE = 64
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -38,24 +43,25 @@ class Outcome:
 
 
 def check(name: str) -> str:
-    """Convert a network with random weights and take one training step; "passed" or the reason why not."""
-    import torch
+    """Convert a network with random weights and take one training step; "passed" or the reason why not.
 
-    import gatefit
-    from gatefit.gates import gates_of
-    from gatefit.models import build, input_spec, parse_reference
-
-    torch.set_num_threads(1)
+    Small images where the network takes them: what is checked does not depend on their size.
+    """
     torch.manual_seed(0)
+    network = build(parse_reference(name))
+    channels, *sides = input_spec(network).shape
     try:
-        network = build(parse_reference(name))
-        spec = input_spec(network)
-        gated = gatefit.retrofit(network, torch.zeros(2, *spec.shape))
+        try:
+            shape = (2, channels, min(SIDE, sides[0]), min(SIDE, sides[1]))
+            gated = gatefit.retrofit(network, torch.zeros(shape))
+        except gatefit.GatefitError:
+            shape = (2, channels, *sides)
+            gated = gatefit.retrofit(network, torch.zeros(shape))
     except gatefit.GatefitError as error:
         return str(error)
     optimizer = torch.optim.SGD(gated.train().parameters(), lr=1e-3)
-    outputs = gated(torch.randn(2, *spec.shape))
-    loss = outputs.float().square().mean() + gatefit.salience_penalty(gated)
+    outputs = [t for t in tree_leaves(gated(torch.randn(shape))) if isinstance(t, torch.Tensor)]
+    loss = sum(t.float().square().mean() for t in outputs) + gatefit.salience_penalty(gated)
     loss.backward()
     gates = [p for g in gates_of(gated).values() for fc in g.layers for p in fc.parameters()]
     given = [p.grad for p in gated.parameters() if p.grad is not None]
@@ -113,6 +119,7 @@ def run(names: list[str], checked: bool, jobs: int) -> list[Outcome]:
 
 def _work(name: str, checked: bool, sender: Connection) -> None:
     began = time.monotonic()
+    torch.set_num_threads(1)
     try:
         coverage = cover(name)
     except Exception as error:

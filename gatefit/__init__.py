@@ -1,6 +1,7 @@
 """gatefit: turn a trained network into one that runs only the blocks and channels each image needs."""
 
 from gatefit.blocks import FoundBlocks, ResidualBlock, Skipped
+from gatefit.deployment import deploy
 from gatefit.errors import GatefitError
 from gatefit.evaluate import Evaluation, evaluate
 from gatefit.finetune import finetune
@@ -15,6 +16,7 @@ __all__ = [
     "GatefitError",
     "ResidualBlock",
     "Skipped",
+    "deploy",
     "evaluate",
     "find_blocks",
     "finetune",

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import fx, nn
 
-from gatefit.graph import module_of, path_of, shape_of
+from gatefit.graph import module_of, path_of, reads_size, shape_of
 from gatefit.tracer import WEIGHTED
 
 _ADDS = {operator.add, torch.add, "add"}
@@ -50,6 +50,16 @@ class MaskPoint:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """A value that `product` multiplies the gated channels by and that has an entry for each, from elsewhere."""
+
+    node: str
+    product: str
+    axis: int
+    per_unit: int
+
+
+@dataclass(frozen=True)
 class Consumer:
     """The one layer that reads the masked channels, behind which what they were predicted to be may be filled in."""
 
@@ -77,6 +87,9 @@ class ChannelUnits:
     """Names of the layers whose work shrinks with the open units."""
     consumer: Consumer | None
     """None where several layers read the channels, or not as they are masked."""
+    opaque: bool
+    """Whether something reads the channels that has to be given the closed ones too, as zeros."""
+    factors: tuple[Factor, ...]
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,16 @@ class FoundBlocks:
     macs: int
     """MACs per image of the whole network, dense."""
 
+    @property
+    def block_share(self) -> float:
+        """Share of the MACs that stands in residual branches."""
+        return sum(b.macs for b in self.blocks) / max(1, self.macs)
+
+    @property
+    def channel_share(self) -> float:
+        """Share of the MACs that shrinks with the open channels."""
+        return sum(x.macs for b in self.blocks for x in b.layers if x.scaled) / max(1, self.macs)
+
 
 def node_macs(traced: fx.GraphModule, node: fx.Node) -> int:
     """MACs per image of one node: those of a convolution or linear layer, 0 for all else.
@@ -172,23 +195,37 @@ def match_blocks(traced: fx.GraphModule) -> FoundBlocks:
     is exactly what can be skipped. Channel gates are not looked for here (see `gatefit.channels`).
     """
     graph = traced.graph
-    macs = {node: node_macs(traced, node) for node in graph.nodes}
-    live = _dependants(graph)
-    depthwise = {node for node in graph.nodes if _is_depthwise(module_of(traced, node))}
+    facts = _Facts(
+        macs={node: node_macs(traced, node) for node in graph.nodes},
+        live=frozenset(_dependants(graph)),
+        depthwise=frozenset(node for node in graph.nodes if _is_depthwise(module_of(traced, node))),
+    )
     blocks: list[ResidualBlock] = []
     skipped: list[Skipped] = []
     taken: set[str] = set()
     for node in graph.nodes:
         if not _is_tensor_add(node):
             continue
-        found = _match(traced, node, macs, live, depthwise)
+        found = _match(node, facts)
         if isinstance(found, str):
             skipped.append(Skipped(node.name, found))
             continue
-        name = _unique_name(traced, node, found.cone, macs, taken)
+        name = _unique_name(traced, node, found.cone, facts.macs, taken)
         taken.add(name)
-        blocks.append(_describe(traced, name, node, found, macs))
-    return FoundBlocks(_nest(blocks), tuple(skipped), sum(macs.values()))
+        blocks.append(_describe(traced, name, node, found, facts.macs))
+    return FoundBlocks(_nest(blocks), tuple(skipped), sum(facts.macs.values()))
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What matching has to know of a graph's nodes."""
+
+    macs: dict[fx.Node, int]
+    """Per image."""
+    live: frozenset[fx.Node]
+    """Those whose value depends on the network's input."""
+    depthwise: frozenset[fx.Node]
+    """Convolutions that mix no channels."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +252,7 @@ def _dependants(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose tensor value depends on the network's input."""
     live: set[fx.Node] = set()
     for node in graph.nodes:
-        reads_shape = node.target in (getattr, "size", "dim") and shape_of(node) is None
-        if node.op == "placeholder" or (not reads_shape and any(i in live for i in node.all_input_nodes)):
+        if node.op == "placeholder" or (not reads_size(node) and any(i in live for i in node.all_input_nodes)):
             live.add(node)
     return live
 
@@ -235,44 +271,36 @@ def _cone(output: fx.Node, only_user: fx.Node) -> list[fx.Node]:
     return sorted(cone)
 
 
-def _match(
-    traced: fx.GraphModule, add: fx.Node, macs: dict[fx.Node, int], live: set[fx.Node], depthwise: set[fx.Node]
-) -> _Match | str:
+def _match(add: fx.Node, facts: _Facts) -> _Match | str:
     """The residual branch of one add, or the reason why there is none."""
     sides = [a for a in add.args if isinstance(a, fx.Node)]
     if len(set(sides)) < 2:
         return "both sides are the same tensor"
-    if not all(s in live for s in sides):
+    if not all(s in facts.live for s in sides):
         return "one side does not depend on the input (a constant or a position embedding)"
     if shape_of(sides[0]) != shape_of(sides[1]):
         return f"the two sides differ in shape, {tuple(shape_of(sides[0]) or ())} and {tuple(shape_of(sides[1]) or ())}"
     cones = [_cone(side, add) for side in sides]
-    weights = [sum(macs[n] for n in cone) for cone in cones]
+    weights = [sum(facts.macs[n] for n in cone) for cone in cones]
     order = sorted((0, 1), key=lambda i: weights[i], reverse=True)
     reasons = []
     for i in order:
-        result = _match_side(sides[i], sides[1 - i], cones[i], macs, live, depthwise)
+        result = _match_side(sides[i], sides[1 - i], cones[i], facts)
         if isinstance(result, _Match):
             return result
         reasons.append(result)
     return reasons[0]
 
 
-def _match_side(
-    output: fx.Node,
-    shortcut: fx.Node,
-    cone: list[fx.Node],
-    macs: dict[fx.Node, int],
-    live: set[fx.Node],
-    depthwise: set[fx.Node],
-) -> _Match | str:
+def _match_side(output: fx.Node, shortcut: fx.Node, cone: list[fx.Node], facts: _Facts) -> _Match | str:
     if not cone:
         return f"'{output.name}' is also used elsewhere, so it cannot be skipped"
     inside = set(cone)
-    work = sum(macs[n] for n in cone)
+    work = sum(facts.macs[n] for n in cone)
     if not work:
         return f"no convolution or linear layer would be saved by skipping '{output.name}'"
-    entries = {s for n in cone for s in n.all_input_nodes if s not in inside and s in live and shape_of(s) is not None}
+    read = {s for n in cone for s in n.all_input_nodes if s not in inside}
+    entries = {s for s in read if s in facts.live and shape_of(s) is not None}
     if len(entries) != 1:
         names = ", ".join(sorted(e.name for e in entries))
         return f"the branch ending in '{output.name}' reads {len(entries)} tensors ({names}) instead of one"
@@ -280,7 +308,7 @@ def _match_side(
     entry_shape, out_shape = shape_of(entry), shape_of(output)
     if entry_shape is None or out_shape is None or entry_shape[0] != out_shape[0] or len(entry_shape) < 2:
         return f"'{entry.name}' is not one tensor per image (its batch axis is folded with another)"
-    way = _shortest_way(entry, shortcut, macs, live, depthwise)
+    way = _shortest_way(entry, shortcut, facts)
     if way is None:
         return f"the other side, '{shortcut.name}', does not start at '{entry.name}', the input of the branch"
     layers, projection = way
@@ -288,14 +316,12 @@ def _match_side(
         return f"the way from '{entry.name}' to '{shortcut.name}' has {layers} layers: no shortcut"
     if projection > work:
         return f"the projection to '{shortcut.name}' is heavier than the branch ending in '{output.name}'"
-    if shortcut is not entry and _depth(cone, macs) < 2:
+    if shortcut is not entry and _depth(cone, facts.macs) < 2:
         return f"'{output.name}' and '{shortcut.name}' are two layers side by side, not a branch and its shortcut"
     return _Match(tuple(cone), entry, output)
 
 
-def _shortest_way(
-    entry: fx.Node, end: fx.Node, macs: dict[fx.Node, int], live: set[fx.Node], depthwise: set[fx.Node]
-) -> tuple[int, int] | None:
+def _shortest_way(entry: fx.Node, end: fx.Node, facts: _Facts) -> tuple[int, int] | None:
     """(layers that mix channels, MACs) on the way from entry to end that has the fewest, None if there is no way."""
     best: dict[fx.Node, tuple[int, int]] = {end: (0, 0)}
     frontier = [end]
@@ -304,11 +330,12 @@ def _shortest_way(
         if node is entry:
             continue
         layers, work = best[node]
-        step = (layers + (macs[node] > 0 and node not in depthwise), work + macs[node])
+        mixes = facts.macs[node] > 0 and node not in facts.depthwise
+        step = (layers + mixes, work + facts.macs[node])
         if step[0] > 2:
             continue
         for source in node.all_input_nodes:
-            if source in live and (source not in best or step < best[source]):
+            if source in facts.live and (source not in best or step < best[source]):
                 best[source] = step
                 frontier.append(source)
     return best.get(entry)

@@ -7,6 +7,7 @@ where there is no such point, a mask stands before every consumer that zero does
 """
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import gcd
 
@@ -16,8 +17,8 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import fx, nn
 
-from gatefit.blocks import ChannelUnits, Consumer, FoundBlocks, MaskPoint, ResidualBlock, Slice, layer_name
-from gatefit.graph import module_of, shape_of
+from gatefit.blocks import ChannelUnits, Consumer, Factor, FoundBlocks, MaskPoint, ResidualBlock, Slice, layer_name
+from gatefit.graph import module_of, reads_size, shape_of
 from gatefit.tracer import WEIGHTED
 
 _STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
@@ -36,7 +37,6 @@ _ZERO_KEEPING_CALLS = {
 }  # fmt: skip
 _ZERO_LOSING_CALLS = {F.sigmoid, F.hardsigmoid, F.softplus, torch.sigmoid, "sigmoid"}
 _PRODUCTS = {operator.mul, torch.mul, "mul"}
-_SHAPE_READS = {"size", "dim", getattr}
 
 
 class _NoChannelGate(Exception):
@@ -78,7 +78,7 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
         module = module_of(traced, node)
         if not isinstance(module, WEIGHTED):
             continue
-        for lenient in (False, True)[: 1 + isinstance(module, nn.modules.conv._ConvNd)]:
+        for lenient in (False, True) if isinstance(module, nn.modules.conv._ConvNd) else (False,):
             try:
                 units = _units_from(traced, block, node, module, lenient)
             except _NoChannelGate as stop:
@@ -114,7 +114,7 @@ def _units_from(
     while frontier:
         node = frontier.pop(0)
         for user in node.users:
-            if _reads_shape(user):
+            if reads_size(user):
                 continue
             if user.name not in walk.cone:
                 raise _NoChannelGate("its channels are the branch's own output")
@@ -124,20 +124,24 @@ def _units_from(
         raise _NoChannelGate("nothing reads its channels")
     if not walk.units > 1:
         raise _NoChannelGate("only one unit")
-    points = _mask_nodes(walk, start)
-    masks = {node: walk.aligned[node] for node in points}
-    again = _behind(walk, points)
+    masks = sorted(_mask_nodes(walk, start))
+    again = _behind(walk, masks)
+    widths = {node: walk.aligned[node] for node in masks}
     return ChannelUnits(
         target=layer_name(start),
         channels=channels,
         units=walk.units,
         masks=tuple(
             MaskPoint(n.name, axis, wide * channels // walk.units, hard=n in again)
-            for n, (axis, wide) in sorted(masks.items())
+            for n, (axis, wide) in widths.items()
         ),
         slices=tuple(Slice(tensor, axis, size // walk.units) for tensor, axis, size in walk.slices),
         scaled=frozenset(walk.scaled),
         consumer=_only_consumer(walk, set(masks)),
+        opaque=any(
+            pair in walk.opaque or not isinstance(module_of(traced, pair[1]), WEIGHTED) for pair in walk.consumers
+        ),
+        factors=tuple(_factors(walk)),
     )
 
 
@@ -283,10 +287,6 @@ def _spatial_mean(node: fx.Node) -> bool:
     return bool(keepdim) and dims in ((2, 3), [2, 3], (-2, -1), [-2, -1], (-1, -2), [-1, -2])
 
 
-def _reads_shape(node: fx.Node) -> bool:
-    return node.target in _SHAPE_READS and shape_of(node) is None
-
-
 def _only_consumer(walk: _Walk, masked: set[fx.Node]) -> Consumer | None:
     if len(walk.consumers) != 1 or len(masked) != 1:
         return None
@@ -296,6 +296,15 @@ def _only_consumer(walk: _Walk, masked: set[fx.Node]) -> Consumer | None:
         return None
     axis, channels = _output_channels(user, module)
     return Consumer(layer_name(user), user.name, axis, channels)
+
+
+def _factors(walk: _Walk) -> Iterator[Factor]:
+    """What the channels are multiplied by, such as the weights of a squeeze-and-excitation."""
+    for node, (axis, wide) in sorted(walk.aligned.items()):
+        for source in node.all_input_nodes if node.target in _PRODUCTS else ():
+            shape = shape_of(source)
+            if source not in walk.aligned and shape is not None and len(shape) > axis and shape[axis] > 1:
+                yield Factor(source.name, node.name, axis, wide * walk.channels // walk.units)
 
 
 def _mask_nodes(walk: _Walk, start: fx.Node) -> list[fx.Node]:

@@ -167,6 +167,60 @@ def evaluate(
             show_report(Console(markup=False), report)
 
 
+class Backends(StrEnum):
+    """What runs a deployed network."""
+
+    torch = "torch"
+    onnx = "onnx"
+
+
+@app.command()
+def deploy(
+    folder: Annotated[Path, typer.Argument(help="A folder that gatefit convert wrote.")],
+    data: Annotated[str, typer.Option(help="Images to choose masks by; default: those of the conversion.")] = "",
+    backend: Annotated[Backends, typer.Option(help="A PyTorch module, or one ONNX file.")] = Backends.torch,
+    masks: Annotated[int, typer.Option(help="Masks of each block, at most.")] = 4,
+    harvest: Annotated[bool, typer.Option("--harvest", help="Drop channels no calibration image opened.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The ONNX file; default DIR/model.onnx.")] = None,
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Skip unreadable images.")] = False,
+) -> None:
+    """Make a converted network fast: only what an image needs is run, outputs stay the same."""
+    with _user_errors():
+        from gatefit.convert import open_folder
+        from gatefit.deployment.folder import deploy_folder
+        from gatefit.display import show_deployment
+
+        opened = open_folder(folder, data, skip_corrupt)
+        show_deployment(Console(markup=False), deploy_folder(folder, opened, backend.value, masks, harvest, out))
+
+
+@app.command()
+def bench(
+    network: Annotated[str, typer.Argument(help="A folder that gatefit convert wrote, or with --what-if a model.")],
+    data: Annotated[str, typer.Option(help="Images to run; default: those of the conversion.")] = "",
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,8",
+    what_if: Annotated[float | None, typer.Option(help="Close at random until this share of MACs is left.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: as torch has chosen.")] = 0,
+    rounds: Annotated[int, typer.Option(help="Rounds in which every engine runs once.")] = 60,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time the original in its fastest forms beside the deployed network, rounds interleaved."""
+    with _user_errors():
+        from gatefit.deployment.trial import run_bench
+        from gatefit.display import show_bench
+
+        sizes = [int(b) if b.strip().isdigit() else 0 for b in batch.split(",")]
+        if not all(sizes):
+            raise GatefitError(f"--batch must be sizes with commas between, such as 1,8, not '{batch}'")
+        timings, rows = run_bench(network, data, sizes, what_if, threads, rounds)
+        if as_json:
+            typer.echo(
+                json.dumps({"rows": [asdict(r) for r in rows], "engines": [asdict(t) for t in timings]}, indent=2)
+            )
+        else:
+            show_bench(Console(markup=False), timings, rows)
+
+
 def main() -> None:
     """Entry point of the `gatefit` command."""
     _keep_memory()

@@ -160,21 +160,42 @@ def evaluate_folder(folder: Path, data: str = "", skip_corrupt: bool = False) ->
     Raises:
         GatefitError: the folder or the data cannot be read.
     """
+    opened = open_folder(folder, data, skip_corrupt)
+    opened.gated.to(Accelerator().device)
+    evaluation = evaluate(opened.gated, opened.data, opened.original)
+    return evaluation, {"model": opened.name, **figures(evaluation)}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A folder that `convert` wrote."""
+
+    name: str
+    """Of the model."""
+    gated: fx.GraphModule
+    original: nn.Module | None
+    data: Splits
+
+
+def open_folder(folder: Path, data: str = "", skip_corrupt: bool = False) -> Opened:
+    """Read a folder that `convert` wrote, with its own data or others.
+
+    Raises:
+        GatefitError: the folder or the data cannot be read.
+    """
     config = read_config(folder)
     gated = load(folder)
     recipe = read_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else Recipe()
     if not data and not (folder / RECIPE).is_file():
         raise DataError(f"{folder} does not say what data it was made with; pass --data")
-    teacher = None
+    original = None
     if (folder / ORIGINAL).is_file():
-        teacher = build(ModelReference(**config["model"]))
-        load_weights(teacher, folder / ORIGINAL)
+        original = build(ModelReference(**config["model"])).eval()
+        load_weights(original, folder / ORIGINAL)
     corrupt = "skip" if skip_corrupt else recipe.data.corrupt
     limit = 0 if data else recipe.data.limit
     splits = read_data(data or recipe.data.name, gated.meta["input"], corrupt, recipe.seed, limit)
-    gated.to(Accelerator().device)
-    evaluation = evaluate(gated, splits, teacher)
-    return evaluation, {"model": config["model"]["name"] if config["model"] else "", **figures(evaluation)}
+    return Opened(config["model"]["name"] if config["model"] else "", gated, original, splits)
 
 
 def _histogram(evaluation: Evaluation, bins: int = 20) -> dict[str, list[float]]:

@@ -68,7 +68,6 @@ def _count(name: str, family: str, network: nn.Module, found: FoundBlocks) -> Co
         for b in found.blocks
         if any(isinstance(modules.get(layer.name), nn.modules.conv._ConvNd) for layer in b.layers)
     ]
-    whole = max(1, found.macs)
     reasons = [kind_of(s.reason) for s in found.skipped] or ["there is no addition of two tensors"]
     return Coverage(
         name=name,
@@ -79,8 +78,8 @@ def _count(name: str, family: str, network: nn.Module, found: FoundBlocks) -> Co
         convolutional_gated=sum(b.channels > 0 for b in convolutional),
         units=sum(b.units for b in found.blocks),
         macs=found.macs,
-        block_share=sum(b.macs for b in found.blocks) / whole,
-        channel_share=sum(x.macs for b in found.blocks for x in b.layers if x.scaled) / whole,
+        block_share=found.block_share,
+        channel_share=found.channel_share,
         reason="" if found.blocks else Counter(reasons).most_common(1)[0][0],
     )
 

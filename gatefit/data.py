@@ -153,6 +153,12 @@ def as_images(data: Source, spec: InputSpec, seed: int = 0) -> Splits:
     return Splits(one, one)
 
 
+def some_images(images: ImageSet, spec: InputSpec, count: int) -> Tensor:
+    """`count` images, the same each time, normalised: (count, C, H, W)."""
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+    return normalise(images.__getitems__(chosen.tolist())[0], spec)
+
+
 def hold_out(images: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]:
     """Divide training images into the rest and `count` held-out ones, on which choices are made."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))

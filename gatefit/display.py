@@ -10,6 +10,8 @@ from rich.table import Table
 
 from gatefit.blocks import FoundBlocks
 from gatefit.coverage import Coverage
+from gatefit.deployment.bench import Row, Timing
+from gatefit.deployment.plan import BlockPlan
 from gatefit.training import Progress as Step
 
 
@@ -79,10 +81,10 @@ def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
             mega(scaled) if gated else "-",
         )
     console.print(table)
-    whole = max(1, found.macs)
-    share = sum(b.macs for b in found.blocks) / whole
-    channel = sum(x.macs for b in found.blocks for x in b.layers if x.scaled) / whole
-    console.print(f"under a block gate: {percent(share)} of the MACs; under a channel gate: {percent(channel)}")
+    console.print(
+        f"under a block gate: {percent(found.block_share)} of the MACs; "
+        f"under a channel gate: {percent(found.channel_share)}"
+    )
     if found.skipped:
         refused = Table(title=f"{len(found.skipped)} additions refused", title_justify="left")
         refused.add_column("node")
@@ -107,6 +109,39 @@ def show_coverage(console: Console, found: list[Coverage]) -> None:
     for c in refused:
         console.print(f"{c.name}: not gated: {c.reason}", soft_wrap=True)
     console.print(f"{len(found) - len(refused)} of {len(found)} networks can be gated")
+
+
+def show_deployment(console: Console, plans: tuple[BlockPlan, ...]) -> None:
+    """What is made of each block."""
+    table = Table(title="blocks as deployed", title_justify="left")
+    for name in ("block", "skipped", "masks", "channels of each", "because"):
+        table.add_column(name, justify="left" if name in ("block", "because") else "right", overflow="fold")
+    for plan in plans:
+        sizes = [] if plan.codebook is None else plan.codebook.sum(1).tolist()
+        why = plan.reason or ("" if plan.dynamic else "no dynamic form of it was faster")
+        entries = " ".join(str(s) for s in sizes)
+        table.add_row(plan.name, "yes" if plan.skip else "no", str(len(sizes) or "-"), entries or "-", why)
+    console.print(table)
+
+
+def show_bench(console: Console, timings: list[Timing], rows: list[Row]) -> None:
+    """Every engine, then each dynamic one beside the fastest dense one."""
+    table = Table(title="milliseconds per batch", title_justify="left")
+    for name in ("engine", "batch", "threads", "p50", "p95", "images/s", "largest difference"):
+        table.add_column(name, justify="left" if name == "engine" else "right")
+    for t in timings:
+        what = f"{'gated' if t.dynamic else 'original'}, {t.engine}"
+        figures = (f"{t.p50_ms:.2f}", f"{t.p95_ms:.2f}", f"{t.images_per_second:.1f}", f"{t.max_abs_diff:.1e}")
+        table.add_row(what, str(t.batch), str(t.threads), *figures)
+    console.print(table)
+    shares = Table(title="against the fastest form of the original", title_justify="left")
+    for name in ("engine", "batch", "the fastest is", "MACs", "time", "realised"):
+        shares.add_column(name, justify="left" if name in ("engine", "the fastest is") else "right")
+    for r in rows:
+        realised = f"{r.realised:.2f}" if r.macs_share < 1 else "-"
+        time, macs = percent(r.time_share), percent(r.macs_share)
+        shares.add_row(r.engine, str(r.batch), r.dense_engine, macs, time, realised)
+    console.print(shares)
 
 
 def show_report(console: Console, report: dict[str, Any]) -> None:

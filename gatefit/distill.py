@@ -1,4 +1,4 @@
-"""Distillation from the original network: its predictions, and the outputs of its blocks.
+"""What a network learns from: labels, and the original network's predictions and outputs of its blocks.
 
 Predictions on images that the original has learnt by heart say little; what each block gives at each position says
 much, and where gates close is where it goes wrong (FitNets, arXiv 1412.6550).
@@ -13,6 +13,39 @@ from torch import Tensor, fx, nn
 from gatefit.errors import ConversionError
 from gatefit.fold import fold_batch_norms
 from gatefit.gates import PREFIX, gates_of
+from gatefit.recipe import FinetunePart
+
+
+class Objective(nn.Module):
+    """The loss of a network on a batch but for the penalty: one module, so that one compilation serves all of it.
+
+    Args:
+        network: the one that learns; its modules are shared.
+        teacher: the original; None: labels alone.
+        settings: weights of the terms.
+        labelled: whether labels mean anything; if not, distillation has the whole weight.
+    """
+
+    def __init__(self, network: nn.Module, teacher: "Teacher | None", settings: FinetunePart, labelled: bool) -> None:
+        super().__init__()
+        self.student = with_outputs_of(network, teacher.blocks if teacher is not None else ())
+        self.teacher = teacher
+        self.settings = settings
+        self.weight = 0.0 if teacher is None else settings.distillation if labelled else 1.0
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, a scalar, and the predictions, (B, classes), for images (B, C, H, W) and labels (B,)."""
+        logits, outputs = self.student(x)
+        loss = logits.new_zeros((), dtype=torch.float32)
+        if self.weight < 1:
+            loss = loss + (1 - self.weight) * F.cross_entropy(logits.float(), labels)
+        if self.weight > 0 and self.teacher is not None:
+            with torch.no_grad():
+                wanted, wanted_outputs = self.teacher(x)
+            loss = loss + self.weight * distillation(logits.float(), wanted.float(), self.settings.temperature)
+            if wanted_outputs:
+                loss = loss + self.settings.features * feature_distance(outputs, wanted_outputs)
+        return loss, logits
 
 
 class Teacher(nn.Module):
@@ -29,13 +62,18 @@ class Teacher(nn.Module):
         super().__init__()
         self.blocks: tuple[str, ...] = ()
         try:
-            self.network: nn.Module = fold_batch_norms(original)
+            shape = student.meta["input"].shape if isinstance(student, fx.GraphModule) else None
+            self.network: nn.Module = fold_batch_norms(original, None if shape is None else torch.zeros(2, *shape))
             if features and isinstance(student, fx.GraphModule) and _is_original(original, student):
                 self.blocks = tuple(gate.of.add for gate in gates_of(student).values())
             self.network = with_outputs_of(self.network, self.blocks)
         except ConversionError:
             self.network = _PredictionsOnly(copy.deepcopy(original))
         self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """It stays in eval mode, whatever mode the network that learns is in."""
+        return super().train(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Predictions, (B, classes), and the outputs of `blocks`, (B, ...) each."""

@@ -27,3 +27,7 @@ class CheckpointError(GatefitError):
 
 class TrainingError(GatefitError):
     """A fine-tune that cannot go on, such as one whose loss is not finite."""
+
+
+class DeployError(GatefitError):
+    """A network that cannot be deployed, or a deployment that cannot be read or run here."""

@@ -1,14 +1,16 @@
-"""Batch norm folded into the convolution before it: a dense network's fastest plain form for inference."""
+"""Batch norm folded into the convolution before it: a network's fastest plain form for inference."""
+
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from gatefit.gates import add_fill
 from gatefit.graph import module_of, trace
 
 
-@torch.no_grad()
 def fold_batch_norms(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     """Return a copy of `model` in eval mode, each batch norm that follows a convolution folded into it.
 
@@ -21,29 +23,44 @@ def fold_batch_norms(model: nn.Module, example: Tensor | None = None) -> fx.Grap
     Raises:
         ConversionError: the network cannot be traced.
     """
-    traced = trace(model, example).eval()
+    return fold_in_place(trace(model, example).eval())
+
+
+@torch.no_grad()
+def fold_in_place(traced: fx.GraphModule) -> fx.GraphModule:
+    """`fold_batch_norms` for a graph in eval mode; a fill between convolution and norm is scaled like its rows."""
     calls = [n.target for n in traced.graph.nodes if n.op == "call_module"]
+
+    def once(node: fx.Node) -> bool:
+        return len(node.users) == 1 and calls.count(node.target) == 1
+
     for node in list(traced.graph.nodes):
-        norm = module_of(traced, node)
-        if not isinstance(norm, nn.BatchNorm2d) or type(norm) not in (nn.BatchNorm2d, BatchNormAct2d):
+        norm = _exactly(module_of(traced, node), (nn.BatchNorm2d, BatchNormAct2d))
+        if norm is None or norm.running_var is None or calls.count(node.target) > 1:
             continue
-        source = node.all_input_nodes[0]
-        conv = module_of(traced, source)
-        if (
-            not isinstance(conv, nn.Conv2d)
-            or type(conv) not in (nn.Conv2d, Conv2dSame)
-            or len(source.users) > 1
-            or norm.running_var is None
-        ):
+        before = node.all_input_nodes[0]
+        source, filled = before, None
+        if before.target is add_fill:
+            source, filled = before.all_input_nodes
+        conv = _exactly(module_of(traced, source), (nn.Conv2d, Conv2dSame))
+        fill = None if filled is None else _exactly(module_of(traced, filled), (nn.Linear,))
+        if conv is None or not once(source):
             continue
-        if calls.count(source.target) > 1 or calls.count(node.target) > 1:
-            continue
+        if filled is not None:
+            if fill is None or not once(filled) or len(before.users) > 1:
+                continue
+            fill.weight.mul_((norm.weight * (norm.running_var + norm.eps).rsqrt())[:, None])
         traced.set_submodule(str(source.target), fuse_conv_bn_eval(conv, norm))
         if isinstance(norm, BatchNormAct2d):
             traced.set_submodule(str(node.target), norm.act)  # its dropout does nothing in eval mode
         else:
-            node.replace_all_uses_with(source)
+            node.replace_all_uses_with(before)
             traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+def _exactly(module: nn.Module | None, types: tuple[type[nn.Module], ...]) -> Any:
+    """The module if it is of one of `types`, not of a subclass, which may compute something else."""
+    return module if type(module) in types else None

@@ -84,7 +84,8 @@ class Gate(nn.Module):
     @property
     def macs(self) -> int:
         """MACs per image of the gate itself."""
-        return sum(fc.in_features * fc.out_features for fc in (self.block, self.channel, self.fill) if fc is not None)
+        fills = [] if self.fill is None else [self.fill]
+        return sum(fc.in_features * fc.out_features for fc in self.layers + fills)
 
     def pool(self, x: Tensor) -> Tensor:
         """Global average pooling of the block's input over all but batch and channels: (B, features)."""

@@ -100,6 +100,11 @@ def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def reads_size(node: fx.Node) -> bool:
+    """Whether a node asks a tensor for its size only, not for its values."""
+    return node.target in (getattr, "size", "dim") and shape_of(node) is None
+
+
 def path_of(node: fx.Node) -> str:
     """Qualified name of the innermost module in whose forward the node was recorded; '' at the root."""
     stack = node.meta.get("nn_module_stack")

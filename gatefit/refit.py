@@ -68,6 +68,7 @@ class _Runs:
 
     def __init__(self, gated: fx.GraphModule, images: list[Tensor]) -> None:
         self.gated, self.images = gated, images
+        self.interpreter = fx.Interpreter(gated)
         self.open: dict[fx.Node, list[Any]] = {}
         self.actual: dict[fx.Node, list[Any]] = {}
         """The same list as in `open` where no gate has changed anything yet."""
@@ -97,29 +98,16 @@ class _Runs:
         kwargs: Any = fx.map_arg(node.kwargs, lambda n: values[n][i])
         if node.op == "placeholder":
             return self.images[i]
-        if node.op == "get_attr":
-            return _attribute(self.gated, str(node.target))
         module = module_of(self.gated, node)
         if isinstance(module, Gate) and values is self.open:
             return module.opened(args[0])
-        if module is not None:
-            return module(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        return getattr(self.interpreter, node.op)(node.target, args, kwargs)
 
 
 def _same(some: list[Any], others: list[Any]) -> bool:
     """Whether a gate gave the same in both runs."""
     pairs = ((a, b) for x, y in zip(some, others, strict=True) for a, b in zip(x, y, strict=True))
     return all(a is b or torch.equal(a, b) for a, b in pairs)
-
-
-def _attribute(root: Any, path: str) -> Any:
-    for part in path.split("."):
-        root = getattr(root, part)
-    return root
 
 
 def _can_be_refitted(layer: nn.Module | None) -> bool:

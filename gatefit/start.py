@@ -5,6 +5,7 @@ least-squares prediction, from the pooled input, of (activation of u on x) * w_u
 activations to the Fisher information of the salience, E[(dL/dS_u)^2]. So score^2 / 2 is the expected rise of
 the loss when u is closed (optimal brain damage), per MAC, and one threshold serves the whole network. A whole
 block is too much for that second-order estimate: for blocks the rise is measured by closing them one by one.
+To each pre-activation is added what the pooled input says of how hard the image is: hard images open more.
 """
 
 import torch
@@ -17,6 +18,10 @@ from gatefit.penalty import unit_weights
 RIDGE = 1e-3
 SPREAD = 4.0
 """Standard deviation of the pre-activations: 1 is the width of the window in which gates learn."""
+EMPHASIS = 2.0
+"""What is added to the pre-activations of an image that is harder than the mean by one standard deviation."""
+SOFTNESS = 4.0
+"""Temperature of the predictions whose entropy says how hard an image is: at 1 a network is sure of what it knows."""
 
 
 class _Probe(fx.Interpreter):
@@ -91,11 +96,14 @@ def start_from_data(
     gated.eval()
     rows: dict[str, list[tuple[Tensor, list[Tensor | None], list[Tensor | None]]]] = {n: [] for n in gates_of(gated)}
     means: dict[str, list[Tensor]] = {n: [] for n in gates_of(gated)}
+    entropies: list[Tensor] = []
     for indices in chosen.split(batch):
         probe = _Probe(gated)
         pixels = images.__getitems__(indices.tolist())[0].to(device)
         logits = probe.run(normalise(pixels, gated.meta["input"]))
         labels = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(device)
+        soft = (logits.detach().double() / SOFTNESS).log_softmax(1)
+        entropies.append(-(soft.exp() * soft).sum(1))
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         flat = [s for both in probe.saliences.values() for s in both if s is not None]
         slopes = iter(torch.autograd.grad(loss, flat))
@@ -105,12 +113,15 @@ def start_from_data(
             rows[name].append(
                 (probe.pooled[name], probe.activations[name], [None if s is None else next(slopes) for s in both])
             )
-    fits: list[tuple[nn.Linear, Tensor, Tensor]] = []
+    hardness = torch.cat(entropies)
+    hardness = (hardness - hardness.mean()) / hardness.std().clamp_min(1e-12)
+    fits: list[tuple[nn.Linear, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
     spread: list[Tensor] = []
     weights = unit_weights(gated)
     damage = _block_damage(gated, images, chosen[: count // 16])
     for name, gate in gates_of(gated).items():
         pooled = torch.cat([r[0] for r in rows[name]]).double()
+        hard = _ridge(pooled, hardness[:, None])
         for kind, fc in enumerate((gate.block, gate.channel)):
             if fc is None:
                 continue
@@ -122,14 +133,14 @@ def start_from_data(
             fisher = (rise / activation.square().mean(0).clamp_min(1e-12)).sqrt()
             wanted = activation * fisher / weights[name][kind] ** 0.5
             weight, bias = _ridge(pooled, wanted)
-            fits.append((fc, weight, bias))
+            fits.append((fc, (weight, bias), hard))
             if kind == 1 or gate.channel is None:
                 spread.append((pooled @ weight.T + bias).flatten())
     k = SPREAD / float(torch.cat(spread).std().clamp_min(1e-12))
     with torch.no_grad():
-        for fc, weight, bias in fits:
-            fc.weight.copy_(k * weight)
-            fc.bias.copy_(k * bias)
+        for fc, (weight, bias), (hard_weight, hard_bias) in fits:
+            fc.weight.copy_(k * weight + EMPHASIS * hard_weight)
+            fc.bias.copy_(k * bias + EMPHASIS * hard_bias)
         for name, gate in gates_of(gated).items():
             if gate.fill is not None and gate.channel is not None:
                 pooled = torch.cat([r[0] for r in rows[name]])

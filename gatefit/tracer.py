@@ -252,7 +252,7 @@ class Size(int):
 
 def _recorded(name: str) -> Callable[[Size, Any], Any]:
     plain = getattr(int, name)
-    swapped = name.startswith("__r") and name != "__rshift__"
+    swapped = name.startswith("__r")
     function = getattr(operator, f"__{name[3:]}" if swapped else name)
 
     def method(self: Size, other: Any) -> Any:

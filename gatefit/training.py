@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.data import DataLoader
 
 from gatefit.data import ImageSet, normalise
-from gatefit.distill import Teacher, distillation, feature_distance, with_outputs_of
+from gatefit.distill import Objective, Teacher
 from gatefit.errors import CheckpointError, RecipeError, TrainingError
 from gatefit.files import write_tensors
 from gatefit.gates import PREFIX, Gate
@@ -110,13 +111,15 @@ class Trainer:
         self.stage, self.seed, self.report, self.closing = stage, seed, report, closing
         AcceleratorState._reset_state()  # the precision of an earlier training in this process is over
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(mixed_precision=settings.precision, kwargs_handlers=[unused])
+        self.accelerator = Accelerator(
+            mixed_precision=settings.precision,
+            kwargs_handlers=[unused],
+            dynamo_backend="inductor" if settings.compile else None,
+        )
         self.device = self.accelerator.device
         network.to(self.device)
-        self.teacher = None
-        if teacher is not None:
-            self.teacher = Teacher(teacher, network, settings.features > 0).to(self.device)
-            self.teacher.to(memory_format=torch.channels_last)
+        distilled = None if teacher is None else Teacher(teacher, network, settings.features > 0)
+        self.objective = Objective(network, distilled, settings, images.labels is not None).to(self.device)
         self.state = _State()
         self._check()
         self.per_epoch = len(images) // settings.batch_size
@@ -133,7 +136,7 @@ class Trainer:
             raise RecipeError(
                 f"batch size {s.batch_size} is more than the {len(self.images)} training images; lower it"
             )
-        if self.images.labels is None and self.teacher is None:
+        if self.images.labels is None and self.objective.teacher is None:
             raise RecipeError("there are neither labels that fit the network nor an original network to distil from")
 
     def run(self, checkpoint: Path | None = None, resume: bool = False) -> list[Epoch]:
@@ -143,18 +146,17 @@ class Trainer:
             self._restore(checkpoint)
         elif self.closing is not None:
             self.closing.begin()
-        self.network.to(memory_format=torch.channels_last)
-        student = with_outputs_of(self.network, self.teacher.blocks if self.teacher is not None else ())
-        network, optimizer = self.accelerator.prepare(student, self.optimizer)
+        self.objective.to(memory_format=torch.channels_last)
+        objective, optimizer = self.accelerator.prepare(self.objective, self.optimizer)
         saved = time.monotonic()
-        network.train()
+        objective.train()
         for batch in self._batches():
             step = self.state.step
             self._set_rates(step)
             set_seed(((self.seed * 1_000_003 + step) * 64 + self.accelerator.process_index) % 2**32)
             sums = torch.zeros(3, dtype=torch.float64)
             for images, labels, index in zip(*(t.chunk(s.accumulate) for t in batch), strict=True):
-                loss, right = self._loss(network, images, labels, index, step // self.per_epoch)
+                loss, right = self._loss(objective, images, labels, index, step // self.per_epoch)
                 self.accelerator.backward(loss / s.accumulate)
                 share = self.closing.share() if self.closing is not None else 1.0
                 sums += torch.tensor([float(loss.detach()) / s.accumulate, right, share / s.accumulate])
@@ -176,7 +178,7 @@ class Trainer:
                 saved = time.monotonic()
         self._agree(list(self.network.buffers()))
         # prepare() may have wrapped forward in autocast
-        self.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
+        self.accelerator.unwrap_model(objective, keep_fp32_wrapper=False)
         self.network.eval().to(memory_format=torch.contiguous_format)
         return [Epoch(**e) for e in self.state.history]
 
@@ -200,29 +202,22 @@ class Trainer:
             yield from loader(self.images, batches.chunk(world, 1)[rank].tolist())
 
     def _loss(
-        self, network: nn.Module, images: Tensor, labels: Tensor, index: Tensor, epoch: int
+        self, objective: nn.Module, images: Tensor, labels: Tensor, index: Tensor, epoch: int
     ) -> tuple[Tensor, int]:
         """Loss of one forward pass, and how many images it got right."""
-        s = self.settings
         x = images.to(self.device)
-        if images.dtype == torch.uint8 and s.augment:
-            x = augment(x, index, len(self.images), self.seed, epoch, s.flip)
+        if images.dtype == torch.uint8 and self.settings.augment:
+            x = augment(x, index, len(self.images), self.seed, epoch, self.settings.flip)
         x = normalise(x, self.spec).contiguous(memory_format=torch.channels_last)
         labels = labels.to(self.device)
-        logits, outputs = network(x)
-        labelled = self.images.labels is not None
-        weight = 0.0 if self.teacher is None else s.distillation if labelled else 1.0
-        loss = logits.new_zeros((), dtype=torch.float32)
-        if weight < 1:
-            loss = loss + (1 - weight) * F.cross_entropy(logits.float(), labels)
-        if weight > 0 and self.teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                wanted, wanted_outputs = self.teacher(x)
-            loss = loss + weight * distillation(logits.float(), wanted.float(), s.temperature)
-            if wanted_outputs:
-                loss = loss + s.features * feature_distance(outputs, wanted_outputs)
+        try:
+            loss, logits = objective(x, labels)
+        except TorchDynamoException as error:
+            raise TrainingError(
+                f"the network could not be compiled ({str(error).splitlines()[0]}); set finetune.compile = false"
+            ) from error
         penalty = self.closing.penalty() if self.closing is not None else None
-        right = int((logits.detach().argmax(1) == labels).sum()) if labelled else 0
+        right = int((logits.detach().argmax(1) == labels).sum()) if self.images.labels is not None else 0
         return loss if penalty is None else loss + penalty, right
 
     def _set_rates(self, step: int) -> None:

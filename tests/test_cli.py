@@ -90,12 +90,45 @@ def test_evaluate_repeats_the_report(converted):
     assert "original" in shown.stdout and "gated, parallel" in shown.stdout and "█" in shown.stdout
 
 
+def test_deploy_and_bench(converted, tmp_path):
+    folder, _ = converted
+    result = gatefit("deploy", folder)
+    assert result.exit_code == 0 and "blocks as deployed" in result.stdout, result.stderr
+    assert json.loads((folder / "deployment.json").read_text())["backend"] == "torch"
+    (folder / "deployment.json").unlink()
+    result = gatefit("bench", folder, "--batch", "1", "--rounds", "2", "--json")
+    rows = json.loads(result.stdout)["rows"]
+    keys = {"engine", "batch", "threads", "dense_ms", "dynamic_ms", "macs_share", "time_share", "realised"}
+    assert rows and all(keys <= set(r) and r["max_abs_diff"] < 1e-3 for r in rows)
+    assert "no folder" in refused("bench", f"{EXAMPLE}:resnet8")
+    assert "between 0 and 1" in refused("bench", f"{EXAMPLE}:resnet8", "--what-if", "2")
+    assert "--batch must be" in refused("bench", folder, "--batch", "x")
+    assert "no file" in refused("deploy", tmp_path)
+
+
 def test_inspect():
     result = gatefit("inspect", "test_resnet", "--json")
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and found["blocks"] and found["blocks"][0]["macs"] > 0
     assert "under a channel gate" in gatefit("inspect", "test_resnet").stdout
     assert "no residual block" in refused("inspect", "torchvision/vgg11")
+
+
+def test_inspect_of_the_example():
+    result = gatefit("inspect", ROOT / "examples" / "own_network.py:build", "--json")
+    found = json.loads(result.stdout)
+    assert [b["name"] for b in found["blocks"]] == ["1.wide", "1.deep", "4"] and all(
+        b["units"] for b in found["blocks"]
+    )
+
+
+def test_models():
+    result = gatefit("models", "torchvision/*net18")
+    assert result.exit_code == 0 and "torchvision/resnet18" in result.stdout and "1 of 1" in result.stdout
+    (found,) = json.loads(gatefit("models", "timm/vgg11", "--json").stdout)
+    assert found["blocks"] == 0 and "no addition" in found["reason"]
+    assert "not gated: there is no addition" in gatefit("models", "timm/vgg11").stdout
+    assert "no model" in refused("models", "no-such-network")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""Gated networks made fast: what no image needs goes for good, what an image does not need is not run for it."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from gatefit.deployment.dynamic import assemble
+from gatefit.deployment.engines import OnnxNetwork, need_onnx, onnx_blocks, onnx_network, torch_blocks
+from gatefit.deployment.plan import observe, plan_block
+from gatefit.deployment.tune import tune
+from gatefit.errors import DeployError
+from gatefit.gates import gates_of
+
+Backend = Literal["torch", "onnx"]
+TUNING_IMAGES = 8
+
+
+def deploy(
+    gated: fx.GraphModule,
+    calibration: Tensor | Iterable[Tensor],
+    backend: Backend = "torch",
+    masks: int = 4,
+    *,
+    harvest: bool = False,
+    tuned: bool = True,
+) -> fx.GraphModule | OnnxNetwork:
+    """Turn a gated network into one that runs only what each image needs; its outputs stay the same.
+
+    Args:
+        gated: from `retrofit`, `finetune` or `load`; untouched.
+        calibration: normalised images, (B, C, H, W), or an iterable of such: they choose the masks.
+        backend: "torch", a module for batches of any size; or "onnx", one file for ONNX Runtime on the CPU, for
+            images of the size of the calibration images.
+        masks: entries of each block's codebook, at most (see `gatefit.deployment.codebook`).
+        harvest: also drop for good the channels that no calibration image opened. Outputs may then differ.
+        tuned: keep only what is faster on this machine; else every block is as dynamic as it can be.
+
+    Returns:
+        (B, C, H, W) -> (B, classes); of backend "onnx" with the file's content as `.model`.
+
+    Raises:
+        GatefitError: `gated` has no gates, there are no calibration images, or the backend is not installed.
+    """
+    gates = gates_of(gated)
+    images = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    if not images or not all(len(x) for x in images):
+        raise DeployError("there are no calibration images; pass a tensor (B, C, H, W) or an iterable of such")
+    if masks < 1:
+        raise DeployError(f"masks must be 1 or more, not {masks}")
+    if backend not in ("torch", "onnx"):
+        raise DeployError(f"backend must be 'torch' or 'onnx', not {backend!r}")
+    if backend == "onnx":
+        need_onnx()
+    training = gated.training
+    seen = observe(gated.eval(), images)
+    if tuned:
+        build = onnx_blocks if backend == "onnx" else torch_blocks
+        chosen = tune(gated, seen, torch.cat(images)[:TUNING_IMAGES], build, masks, harvest)
+        plans = {name: (plan, place) for name, (plan, place, _) in chosen.items()}
+    else:
+        plans = {name: plan_block(gated, gate, seen[name], masks, harvest) for name, gate in gates.items()}
+    deployed = assemble(gated, plans)
+    deployed.meta["plans"] = tuple(plan for plan, _ in plans.values())
+    gated.train(training)
+    if backend == "onnx":
+        return onnx_network(deployed, images[0][:1])
+    return deployed.to(memory_format=torch.channels_last)  # which PyTorch's convolutions are fastest on

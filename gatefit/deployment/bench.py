@@ -1,0 +1,116 @@
+"""Time the original in its fastest forms beside the deployed network: same machine, same run, rounds interleaved."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from gatefit.deployment.engines import Run, dense_engines
+from gatefit.deployment.plan import share_of
+
+WARM_UP = 5
+COMPARED = 8
+"""Batches whose outputs are compared."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One engine at one batch size."""
+
+    engine: str
+    dynamic: bool
+    batch: int
+    threads: int
+    p50_ms: float
+    p95_ms: float
+    max_abs_diff: float
+    """From what it has to compute: the original for dense engines, the gated network for dynamic ones."""
+
+    @property
+    def images_per_second(self) -> float:
+        """At the median."""
+        return 1000 * self.batch / self.p50_ms
+
+
+@dataclass(frozen=True)
+class Row:
+    """A dynamic engine beside the fastest dense one."""
+
+    engine: str
+    batch: int
+    threads: int
+    dense_engine: str
+    dense_ms: float
+    dynamic_ms: float
+    macs_share: float
+    time_share: float
+    realised: float
+    """(1 - time share) / (1 - share of MACs): 1 where every MAC that is saved saves its time."""
+    max_abs_diff: float
+
+
+@torch.no_grad()
+def bench(
+    original: nn.Module, gated: fx.GraphModule, deployed: dict[str, Run], images: Tensor, batch: int, rounds: int
+) -> tuple[list[Timing], list[Row]]:
+    """Time all engines on batches of `images`, with torch's present number of threads.
+
+    Args:
+        original: the dense network; it is run in each of its fastest forms.
+        gated: what the deployed networks have to equal.
+        deployed: by the name of their engine.
+        images: normalised, (N, C, H, W).
+        batch: images at once.
+        rounds: in each, all engines take the same batch, one after another.
+
+    Returns:
+        Every engine; and each dynamic one beside the fastest dense one.
+    """
+    batches = [b.contiguous() for b in images.split(batch) if len(b) == batch]
+    engines = {(name, False): run for name, run in dense_engines(original, batches[0]).items()}
+    engines |= {(name, True): run for name, run in deployed.items()}
+    timings = []
+    for (name, dynamic), milliseconds in _times(engines, batches, rounds).items():
+        wanted, run = (gated if dynamic else original), engines[name, dynamic]
+        difference = max(float((run(b) - wanted(b)).abs().max()) for b in batches[:COMPARED])
+        ordered = sorted(milliseconds)
+        p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+        median = statistics.median(ordered)
+        timings.append(Timing(name, dynamic, batch, torch.get_num_threads(), median, p95, difference))
+    share = share_of(gated, batches)
+    fastest = min((t for t in timings if not t.dynamic), key=lambda t: t.p50_ms)
+    return timings, [_row(t, fastest, share) for t in timings if t.dynamic]
+
+
+def _times(
+    engines: dict[tuple[str, bool], Run], batches: list[Tensor], rounds: int
+) -> dict[tuple[str, bool], list[float]]:
+    for run in engines.values():
+        for batch in batches[:WARM_UP]:
+            run(batch)
+    found: dict[tuple[str, bool], list[float]] = {key: [] for key in engines}
+    for i in range(rounds):
+        batch = batches[i % len(batches)]
+        for key, run in engines.items():
+            began = time.perf_counter()
+            run(batch)
+            found[key].append(1000 * (time.perf_counter() - began))
+    return found
+
+
+def _row(dynamic: Timing, dense: Timing, share: float) -> Row:
+    time_share = dynamic.p50_ms / dense.p50_ms
+    return Row(
+        engine=dynamic.engine,
+        batch=dynamic.batch,
+        threads=dynamic.threads,
+        dense_engine=dense.engine,
+        dense_ms=dense.p50_ms,
+        dynamic_ms=dynamic.p50_ms,
+        macs_share=share,
+        time_share=time_share,
+        realised=(1 - time_share) / (1 - share) if share < 1 else 0.0,
+        max_abs_diff=dynamic.max_abs_diff,
+    )

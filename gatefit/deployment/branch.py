@@ -1,0 +1,198 @@
+"""Cut a block's branch out of a gated network, and shrink it to some of its channels."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from gatefit.blocks import ChannelUnits
+from gatefit.errors import DeployError
+from gatefit.gates import Gate, add_fill, harden, scale
+from gatefit.graph import module_of
+
+INPUTS = ("entry", "whole", "channel", "left")
+"""What a branch is given: the block's input, both saliences, and what closed units were predicted to be."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a branch stands in a gated graph."""
+
+    gate: fx.Node
+    entry: fx.Node
+    add: fx.Node
+    output: fx.Node
+    """The branch's side of the addition."""
+    shortcut: fx.Node
+    """The other side."""
+    relu: fx.Node | None
+    """The ReLU that is all that reads the sum, if there is one."""
+    region: frozenset[fx.Node]
+    """All nodes that only the branch needs: its own, and those that apply the saliences."""
+
+
+def place_of(gated: fx.GraphModule, gate: Gate) -> Place:
+    """Find the branch of a gate's block.
+
+    Raises:
+        DeployError: it cannot be cut out, and why.
+    """
+    nodes = {n.name: n for n in gated.graph.nodes}
+    call = next(n for n in gated.graph.nodes if module_of(gated, n) is gate)
+    region = {nodes[name] for name in gate.of.nodes if name in nodes}
+    for node in gated.graph.nodes:
+        if node.target in (scale, add_fill) and node.args[0] in region:
+            region.add(node)
+    region |= {n for n in gated.graph.nodes if n.target is harden and set(n.users) <= region}
+    add = nodes[gate.of.add]
+    output, shortcut = sorted(add.all_input_nodes, key=lambda n: n not in region)
+    if any(isinstance(module_of(gated, n), Gate) for n in region):
+        raise DeployError("other blocks are nested in its branch")
+    given = {call, call.args[0], *call.users}
+    outside = {s for n in region for s in n.all_input_nodes if s not in region and s not in given}
+    if outside or shortcut in region:
+        raise DeployError(f"its branch reads {', '.join(sorted(n.name for n in outside))} besides its input")
+    assert isinstance(call.args[0], fx.Node)
+    return Place(call, call.args[0], add, output, shortcut, _relu_behind(gated, add), frozenset(region))
+
+
+def _relu_behind(gated: fx.GraphModule, add: fx.Node) -> fx.Node | None:
+    user = next(iter(add.users)) if len(add.users) == 1 else None
+    if user is not None and (type(module_of(gated, user)) is nn.ReLU or user.target in (F.relu, torch.relu, "relu")):
+        return user
+    return None
+
+
+def cut(
+    gated: fx.GraphModule,
+    gate: Gate,
+    place: Place,
+    keep: Tensor | None = None,
+    block_mask: bool = True,
+    channel_mask: bool = True,
+) -> fx.GraphModule:
+    """The branch as a network of its own, with the units `keep` alone (int64 indices; None: all).
+
+    Without `block_mask` or `channel_mask` it is for images whose saliences are all 1 for what is left of the branch.
+    It takes `INPUTS` (None for what the gate does not have) and returns what is added to the shortcut. Its weights
+    are copies.
+
+    Raises:
+        DeployError: it cannot be shrunk, and why.
+    """
+    graph = fx.Graph()
+    entry, whole, channel, left = (graph.placeholder(name) for name in INPUTS)
+    salience_of = {int(user.args[1]): user for user in place.gate.users}  # type: ignore[arg-type]
+    salience_of.setdefault(0, place.gate)
+    copied: dict[fx.Node, fx.Node] = {place.entry: entry}
+    for user in place.gate.users:
+        copied[user] = (whole, channel, left)[int(user.args[1])]  # type: ignore[arg-type]
+    if gate.fill is not None:
+        filled = next(n for n in place.gate.users if n.args[1] == 2)
+        copied[filled] = graph.call_module("fill", (left,))
+    if keep is not None:
+        chosen = graph.get_attr("keep")
+        salience = graph.call_function(torch.index_select, (channel, 1, chosen))
+        copied[next(n for n in place.gate.users if n.args[1] == 1)] = salience
+    for node in gated.graph.nodes:
+        if node in place.region:
+            mask = node.args[1] if node.target is scale else None
+            if mask is not None and not (block_mask if mask is salience_of[0] else channel_mask):
+                copied[node] = copied[node.all_input_nodes[0]]
+                continue
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+            if keep is not None:
+                _choose_factors(graph, copied, gate, node)
+    graph.output(copied[place.output])
+    root = nn.Module()
+    for node in place.region:
+        if (module := module_of(gated, node)) is not None:
+            _attach(root, str(node.target), copy.deepcopy(module))
+        elif node.op == "get_attr":
+            _attach(root, str(node.target), copy.deepcopy(_fetch(gated, str(node.target))))
+    if gate.fill is not None:
+        root.fill = copy.deepcopy(gate.fill)
+    if keep is not None:
+        assert gate.of.gated is not None
+        root.register_buffer("keep", keep)
+        for factor in gate.of.gated.factors:
+            root.register_buffer(f"keep_{factor.node}", _entries(keep, factor.per_unit))
+        _shrink(root, gate.of.gated, keep)
+    branch = fx.GraphModule(root, graph)
+    branch.graph.eliminate_dead_code()
+    branch.recompile()
+    return branch.eval()
+
+
+def _choose_factors(graph: fx.Graph, copied: dict[fx.Node, fx.Node], gate: Gate, node: fx.Node) -> None:
+    """Where a branch that was just given `node` multiplies the channels by it, take the entries that are left."""
+    assert gate.of.gated is not None
+    factor = next((f for f in gate.of.gated.factors if f.node == node.name), None)
+    if factor is not None:
+        if {u.name for u in node.users} != {factor.product}:
+            raise DeployError(f"'{node.name}' is read by more than the product with its channels")
+        chosen = graph.get_attr(f"keep_{factor.node}")
+        copied[node] = graph.call_function(torch.index_select, (copied[node], factor.axis, chosen))
+
+
+def _entries(keep: Tensor, per_unit: int) -> Tensor:
+    """The entries that units own: (units * per_unit,)."""
+    return (keep[:, None] * per_unit + torch.arange(per_unit)).flatten()
+
+
+def _fetch(root: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    value = getattr(root.get_submodule(owner), name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _attach(root: nn.Module, path: str, value: nn.Module | Tensor) -> None:
+    owner, _, name = path.rpartition(".")
+    holder = root
+    for part in owner.split(".") if owner else []:
+        if not hasattr(holder, part):
+            holder.add_module(part, nn.Module())
+        holder = holder.get_submodule(part)
+    if isinstance(value, nn.Module):
+        holder.add_module(name, value)
+    else:
+        holder.register_buffer(name, value.detach())
+
+
+@torch.no_grad()
+def _shrink(root: nn.Module, units: ChannelUnits, keep: Tensor) -> None:
+    """Index every tensor that has a place for each unit, and tell its module."""
+    if units.opaque:
+        raise DeployError("something in it has to be given closed channels too, as zeros")
+    for piece in units.slices:
+        path, _, name = piece.tensor.rpartition(".")
+        module = root.get_submodule(path)
+        tensor = getattr(module, name)
+        if path == units.target and getattr(module, "groups", 1) > 1:
+            raise DeployError("its gated layer is grouped, so closed units would need another input")
+        small = tensor.index_select(piece.axis, _entries(keep, piece.per_unit).to(tensor.device))
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, name, nn.Parameter(small, tensor.requires_grad))
+        else:
+            setattr(module, name, small)
+        _tell(module, name, piece.axis, tensor, small)
+
+
+def _tell(module: nn.Module, name: str, axis: int, before: Tensor, after: Tensor) -> None:
+    """Set the attributes that say how wide a module is."""
+    size = after.shape[axis]
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module.num_features = size
+    elif isinstance(module, nn.Linear) and name == "weight":
+        module.out_features, module.in_features = after.shape
+    elif isinstance(module, nn.Conv2d) and name == "weight":
+        if module.groups == 1:
+            module.out_channels, module.in_channels = after.shape[:2]
+        elif axis == 0:
+            groups, rest = divmod(module.groups * size, before.shape[0])
+            if rest:
+                raise DeployError(f"its {module.groups} groups cannot be divided among the channels that are kept")
+            module.groups, module.out_channels, module.in_channels = groups, size, groups * after.shape[1]

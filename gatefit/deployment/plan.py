@@ -1,0 +1,111 @@
+"""What is made of each block of a gated network when it is deployed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from gatefit.cost import costs_of, macs_per_image, opens_of
+from gatefit.deployment.branch import Place, cut, place_of
+from gatefit.deployment.codebook import choose_codebook, most_frequent
+from gatefit.errors import DeployError
+from gatefit.gates import Gate, gates_of
+
+EXACT_SHARE = 0.9
+"""Share of images that have to ask for one of a few masks for entries that serve no others."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How one block runs."""
+
+    name: str
+    skip: bool
+    """Whether its branch is left out for images whose block gate is closed; else it is multiplied by 0."""
+    codebook: Tensor | None
+    """(entries, units) bool, see `gatefit.deployment.codebook`; None: no channel gate, or none that could save."""
+    exact: bool = False
+    """Whether an entry is taken only by images that open just its units, so that it needs no mask (steps alone)."""
+    reason: str = ""
+    """Why it runs whole and masked; empty where it does not."""
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether anything can be saved at run time."""
+        return self.skip or (self.codebook is not None and len(self.codebook) > 1)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the gates of one block gave on calibration images."""
+
+    runs: Tensor
+    """(N,) bool"""
+    opens: Tensor
+    """(N, units) bool; (N, 0) without a channel gate"""
+
+
+@torch.no_grad()
+def observe(gated: fx.GraphModule, images: list[Tensor]) -> dict[str, Seen]:
+    """Run a gated network on calibration images, (B, C, H, W) each, and note what its gates open."""
+    gated.eval()
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in gates_of(gated)}
+    for batch in images:
+        gated(batch)
+        for name, opened in opens_of(gated).items():
+            everything = torch.ones(len(batch), dtype=torch.bool)
+            runs = everything if opened.block is None else opened.block.cpu()
+            units = everything[:, None][:, :0] if opened.channel is None else opened.channel.cpu()
+            found[name].append((runs, units))
+    return {name: Seen(*(torch.cat(parts) for parts in zip(*rows, strict=True))) for name, rows in found.items()}
+
+
+def never_open(gate: Gate) -> Tensor:
+    """Units that no input whatever can open, (units,) bool: their gate is constant and closed."""
+    assert gate.channel is not None
+    constant = (gate.channel.weight == 0).all(1)
+    return (constant & (gate.channel.bias <= 0)).cpu()
+
+
+def plan_block(
+    gated: fx.GraphModule, gate: Gate, seen: Seen, masks: int, harvest: bool = False
+) -> tuple[BlockPlan, Place | None]:
+    """The most dynamic form of a block; whether it pays is another question (see `gatefit.deployment.tune`).
+
+    Args:
+        harvest: take channels that no calibration image opened for ones that none ever will.
+    """
+    name = gate.of.name
+    try:
+        place = place_of(gated, gate)
+    except DeployError as error:
+        return BlockPlan(name, False, None, reason=str(error)), None
+    codebook = None
+    if gate.channel is not None:
+        ran = seen.opens[seen.runs]
+        possible = ~never_open(gate)
+        if harvest and len(ran):
+            possible &= ran.any(0)
+        if not possible.any():
+            possible[0] = True  # a layer without channels is none
+        try:
+            cut(gated, gate, place, possible.nonzero()[:, 0])
+        except DeployError as error:
+            return BlockPlan(name, gate.block is not None, None, reason=str(error)), place
+        frequent, covered = most_frequent(ran, masks, possible)
+        if gate.form == "step" and covered >= EXACT_SHARE:
+            return BlockPlan(name, gate.block is not None, frequent, exact=True), place
+        codebook = choose_codebook(ran, masks, possible=possible)
+    return BlockPlan(name, gate.block is not None, codebook), place
+
+
+def share_of(gated: fx.GraphModule, images: list[Tensor]) -> float:
+    """Share of the dense MACs that the gates let through (sequential placement, gates included)."""
+    costs = costs_of(gated, tuple(images[0].shape[1:]))
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in images:
+            gated(batch)
+            total += float(macs_per_image(costs, opens_of(gated)).sum())
+            count += len(batch)
+    return total / count / costs.dense

@@ -1,0 +1,101 @@
+"""Choose each block's form by the clock: dynamic execution that does not pay on this machine is left out."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from gatefit.deployment.branch import Place
+from gatefit.deployment.dynamic import DynamicBlock
+from gatefit.deployment.plan import BlockPlan, Seen, plan_block
+from gatefit.gates import gates_of
+
+ROUNDS = 7
+
+BuildBlocks = Callable[[list[DynamicBlock], list[tuple[Tensor, Tensor]]], list[Callable[[Tensor, Tensor], object]]]
+"""Makes runnable forms of blocks, for inputs of given shapes."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One form of one block, timed on the calibration images."""
+
+    plan: BlockPlan
+    milliseconds: float
+    """Mean over images of the median over rounds."""
+
+
+def forms_of(plan: BlockPlan) -> list[BlockPlan]:
+    """The forms that a block may take, from the most dynamic to the one that always runs whole."""
+    last = None if plan.codebook is None else plan.codebook[-1:]
+    whole = replace(plan, skip=False, codebook=last, exact=False)
+    forms = [plan, replace(plan, codebook=last, exact=False), replace(plan, skip=False), whole]
+    return [f for i, f in enumerate(forms) if not any(_same(f, g) for g in forms[:i])]
+
+
+def _same(a: BlockPlan, b: BlockPlan) -> bool:
+    entries = [1 if p.codebook is None else len(p.codebook) for p in (a, b)]
+    return a.skip == b.skip and entries[0] == entries[1]
+
+
+@torch.no_grad()
+def tune(
+    gated: fx.GraphModule, seen: dict[str, Seen], images: Tensor, build: BuildBlocks, masks: int, harvest: bool = False
+) -> dict[str, tuple[BlockPlan, Place | None, tuple[Trial, ...]]]:
+    """Time every form of every block and keep the fastest.
+
+    Args:
+        gated: in eval mode.
+        seen: what its gates gave on all calibration images.
+        images: some of them, (N, C, H, W); they are run one by one.
+        build: makes blocks runnable in the engine that is tuned for.
+        masks: entries of a codebook, at most.
+
+    Returns:
+        By block name: the plan, its place (None: it cannot be cut out), and all that was tried.
+    """
+    gates = gates_of(gated)
+    planned = {name: plan_block(gated, gate, seen[name], masks, harvest) for name, gate in gates.items()}
+    inputs = _inputs(gated, {n: place for n, (_, place) in planned.items() if place is not None}, images)
+    forms = {n: forms_of(plan) for n, (plan, place) in planned.items() if place is not None}
+    flat = [(n, form) for n, some in forms.items() for form in some]
+    blocks = [DynamicBlock(gated, gates[n], planned[n][1], form) for n, form in flat]  # type: ignore[arg-type]
+    runs = build([b.eval() for b in blocks], [inputs[n][0] for n, _ in flat])
+    result: dict[str, tuple[BlockPlan, Place | None, tuple[Trial, ...]]] = {}
+    for name, (plan, place) in planned.items():
+        if place is None:
+            result[name] = (plan, None, ())
+            continue
+        some = [(form, run) for (n, form), run in zip(flat, runs, strict=True) if n == name]
+        taken = _time([run for _, run in some], inputs[name])
+        trials = tuple(Trial(form, t) for (form, _), t in zip(some, taken, strict=True))
+        result[name] = (min(trials, key=lambda t: t.milliseconds).plan, place, trials)
+    return result
+
+
+def _inputs(gated: fx.GraphModule, places: dict[str, Place], images: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """What each block is given for each image: its input and its shortcut."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in places}
+    for image in images.split(1):
+        interpreter = fx.Interpreter(gated, garbage_collect_values=False)
+        interpreter.run(image)
+        for name, place in places.items():
+            found[name].append((interpreter.env[place.entry], interpreter.env[place.shortcut]))
+    return found
+
+
+def _time(runs: list[Callable[[Tensor, Tensor], object]], inputs: list[tuple[Tensor, Tensor]]) -> list[float]:
+    """Milliseconds of each run, interleaved."""
+    for run in runs:
+        run(*inputs[0])
+    taken: list[list[list[float]]] = [[[] for _ in inputs] for _ in runs]
+    for _ in range(ROUNDS):
+        for i, given in enumerate(inputs):
+            for run, into in zip(runs, taken, strict=True):
+                began = time.perf_counter()
+                run(*given)
+                into[i].append(1000 * (time.perf_counter() - began))
+    return [statistics.mean(statistics.median(x) for x in one) for one in taken]

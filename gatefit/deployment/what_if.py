@@ -1,0 +1,83 @@
+"""Gates that close a wanted share without any training: what a conversion could gain, before it is paid for."""
+
+import torch
+from torch import Tensor, fx, nn
+
+from gatefit.deployment.plan import share_of
+from gatefit.gates import Gate, gates_of
+
+ALIVE = 0.5
+"""Part of the channels that some images open and others close."""
+ROUNDS = 10
+
+
+@torch.no_grad()
+def set_share(gated: fx.GraphModule, images: Tensor, share: float, masks: int = 4, seed: int = 0) -> float:
+    """Give a freshly retrofitted network (form "step") gates that let through the share `share` of its MACs.
+
+    In each block the images of the set are told apart along a random direction of its pooled input: every block is
+    skipped by as many as close each channel, and no block has more than `masks` masks. What the network then
+    answers means nothing; what it costs does.
+
+    Args:
+        gated: in place.
+        images: (B, C, H, W); the more, the nearer to the share.
+        share: of the dense MACs, gates included.
+
+    Returns:
+        The share that was reached.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(ROUNDS):
+        closed = (low + high) / 2
+        _close(gated, images, closed, masks, seed)
+        low, high = (closed, high) if share_of(gated, [images]) > share else (low, closed)
+    _close(gated, images, high, masks, seed)
+    return share_of(gated, [images])
+
+
+def _close(gated: fx.GraphModule, images: Tensor, closed: float, masks: int, seed: int) -> None:
+    """Block by block in order of execution, as each sees what the ones before it left."""
+    generator = torch.Generator().manual_seed(seed)
+    for gate in gates_of(gated).values():
+        pooled: list[Tensor] = []
+        hook = gate.register_forward_pre_hook(lambda g, args, into=pooled: into.append(g.pool(args[0])))
+        gated(images)
+        hook.remove()
+        if gate.block is not None:
+            value, weight = _direction(pooled[0], generator)
+            _set(gate.block, weight[None], -value.quantile(closed)[None])
+        if gate.channel is not None:
+            value, weight = _direction(pooled[0], generator)
+            _set_channels(gate, value, weight, closed, masks, generator)
+
+
+def _direction(pooled: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random direction, (features,), in which the images differ by about 1, and where each stands on it, (B,)."""
+    weight = torch.randn(pooled.shape[1], generator=generator) / pooled.std(0).clamp_min(1e-6)
+    weight /= (pooled @ weight).std().clamp_min(1e-6)
+    return pooled @ weight, weight
+
+
+def _set_channels(
+    gate: Gate, value: Tensor, weight: Tensor, closed: float, masks: int, generator: torch.Generator
+) -> None:
+    """Channels that are open above, or below, one of masks - 1 thresholds; the rest always open or always closed."""
+    assert gate.channel is not None
+    units = gate.of.units
+    order = torch.randperm(units, generator=generator)
+    alive = min(ALIVE, 2 * closed, 2 * (1 - closed))
+    some = order[: round(units * alive)]
+    always = order[len(some) : len(some) + round(units * (1 - closed - alive / 2))]
+    rows, biases = torch.zeros(units, len(weight)), torch.full((units,), -1.0)
+    biases[always] = 1.0
+    thresholds = value.quantile(torch.arange(1, masks) / masks)
+    for i, unit in enumerate(some.tolist()):
+        sign = 1 - 2 * (i % 2)
+        rows[unit], biases[unit] = sign * weight, -sign * thresholds[i // 2 % len(thresholds)]
+    _set(gate.channel, rows, biases)
+
+
+def _set(fc: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    fc.weight.copy_(weight)
+    fc.bias.copy_(bias)

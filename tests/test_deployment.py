@@ -1,0 +1,180 @@
+"""Deployed networks answer as the gated ones do, for every image and every mask, and leave out what is closed."""
+
+import pytest
+import timm
+import torch
+from networks import CASES, GATABLE, images, make
+from torch.utils.flop_counter import FlopCounterMode
+
+import gatefit
+from gatefit.deployment.codebook import assign, choose_codebook, expected_units, most_frequent
+from gatefit.deployment.dynamic import DynamicBlock
+from gatefit.deployment.folder import load_deployed, write_deployment
+from gatefit.deployment.plan import BlockPlan
+from gatefit.deployment.tune import forms_of
+from gatefit.deployment.what_if import set_share
+from gatefit.gates import gates_of
+
+FORMS = ["relu1", "step"]
+
+
+def gated_network(name, form="step", fill=False, spread=1.0):
+    """A small network whose gates open and close at random, image by image."""
+    gated = gatefit.retrofit(make(name), images(), "lc", form, fill)
+    torch.manual_seed(2)
+    for gate in gates_of(gated).values():
+        for fc in gate.layers:
+            torch.nn.init.normal_(fc.weight, std=3.0)
+            torch.nn.init.normal_(fc.bias, std=spread)
+        if gate.fill is not None:
+            torch.nn.init.normal_(gate.fill.weight, std=0.1)
+    return gated.eval()
+
+
+def set_all(gated, value):
+    with torch.no_grad():
+        for gate in gates_of(gated).values():
+            for fc in gate.layers:
+                fc.weight.zero_()
+                fc.bias.fill_(value)
+
+
+def same(a, b):
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", GATABLE)
+def test_exact_for_images_outside_the_calibration_set(name, form, fill):
+    gated = gated_network(name, form, fill)
+    deployed = gatefit.deploy(gated, images(8), tuned=False)
+    others = images(9, seed=5)
+    with torch.no_grad():
+        wanted = gated(others)
+        assert same(deployed(others), wanted)
+        assert same(torch.cat([deployed(x) for x in others.split(1)]), wanted)
+        assert same(deployed(others.flip(0)), wanted.flip(0))
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0])
+@pytest.mark.parametrize("name", ["basic", "inverted", "grouped", "squeeze-excite"])
+def test_all_open_and_all_closed(name, value):
+    gated = gated_network(name)
+    set_all(gated, value)
+    deployed = gatefit.deploy(gated, images(), tuned=False)
+    with torch.no_grad():
+        assert same(deployed(images(3, seed=7)), gated(images(3, seed=7)))
+
+
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "inverted", "grouped", "squeeze-excite"])
+def test_what_is_closed_is_not_computed(name):
+    """Half of the channels closed for good, and every block skipped: counted by torch's own counter."""
+    gated = gated_network(name)
+    set_all(gated, 1.0)
+    for gate in gates_of(gated).values():
+        if gate.channel is not None:
+            gate.channel.bias.data[::2] = -1
+    dense = macs(make(name))
+    half = macs(gatefit.deploy(gated, images(), tuned=False))
+    set_all(gated, -1.0)
+    none = macs(gatefit.deploy(gated, images(), tuned=False))
+    assert none < half < dense
+    closed = sum(b.macs for b in gatefit.find_blocks(make(name), images()).blocks)
+    gates = sum(g.macs for g in gates_of(gated).values())
+    assert none == dense - closed + gates
+
+
+def macs(network):
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        network(images(1))
+    return counter.get_total_flops() // 2
+
+
+def test_a_codebook_covers_every_image():
+    torch.manual_seed(0)
+    kinds = torch.rand(3, 32) < 0.4
+    opens = kinds[torch.randint(3, (200,))] & (torch.rand(200, 32) < 0.95)
+    possible = torch.ones(32, dtype=torch.bool)
+    book = choose_codebook(opens, 4)
+    assert len(book) <= 4 and book[-1].all() and (book.sum(1).diff() > 0).all()
+    strangers = torch.rand(100, 32) < 0.5
+    for some in (opens, strangers):
+        assert not (some & ~book[assign(some, book)]).any()
+    assert expected_units(opens, book) < 0.75 * 32
+    assert expected_units(opens, choose_codebook(opens, 1)) == 32
+    exact, covered = most_frequent(kinds[torch.randint(3, (50,))], 4, possible)
+    assert covered == 1.0 and len(exact) == 4
+
+
+def test_samples_that_need_the_same_run_together():
+    gated = gated_network("basic")
+    deployed = gatefit.deploy(gated, images(16), tuned=False)
+    block = next(m for m in deployed.modules() if isinstance(m, DynamicBlock))
+    seen = []
+    for branch in block.branches:
+        branch.register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    with torch.no_grad():
+        deployed(images(16))
+    assert len(seen) <= len(block.branches) and sum(seen) <= 16
+
+
+def test_nothing_to_deploy():
+    with pytest.raises(gatefit.GatefitError, match="has no gates"):
+        gatefit.deploy(make("basic"), images())
+    with pytest.raises(gatefit.GatefitError, match="calibration"):
+        gatefit.deploy(gated_network("basic"), [])
+    assert set(GATABLE) <= set(CASES)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "inverted", "grouped", "squeeze-excite"])
+def test_one_file_for_onnx_runtime(name, form):
+    pytest.importorskip("onnxruntime")
+    gated = gated_network(name, form, fill=True)
+    deployed = gatefit.deploy(gated, images(8), "onnx", tuned=False)
+    others = images(9, seed=5)
+    with torch.no_grad():
+        assert same(deployed(others), gated(others))
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_tuned(backend):
+    """Whatever the clock chooses, outputs stay."""
+    gated = gated_network("basic")
+    deployed = gatefit.deploy(gated, images(8), backend)
+    with torch.no_grad():
+        assert same(deployed(images(5, seed=3)), gated(images(5, seed=3)))
+
+
+def test_forms_of_a_block():
+    book = torch.tensor([[True, False], [True, True]])
+    forms = forms_of(BlockPlan("b", True, book))
+    assert [(f.skip, len(f.codebook)) for f in forms] == [(True, 2), (True, 1), (False, 2), (False, 1)]
+    assert [f.dynamic for f in forms] == [True, True, True, False]
+    assert len(forms_of(BlockPlan("b", False, None))) == 1
+
+
+def test_a_deployment_in_a_folder(tmp_path):
+    gated = gatefit.retrofit(timm.create_model("test_resnet").eval(), torch.zeros(2, 3, 32, 32), "lc", "step")
+    for gate in gates_of(gated).values():
+        for fc in gate.layers:
+            torch.nn.init.normal_(fc.weight, std=3.0)
+    calibration = torch.randn(8, 3, 32, 32)
+    deployed = gatefit.deploy(gated.eval(), calibration, tuned=False)
+    gatefit.save(gated, tmp_path)
+    write_deployment(tmp_path, deployed.meta["plans"])
+    with torch.no_grad():
+        assert torch.equal(load_deployed(tmp_path)(calibration), deployed(calibration))
+    (tmp_path / "deployment.json").write_text('{"format": 1}')
+    with pytest.raises(gatefit.GatefitError, match="damaged"):
+        load_deployed(tmp_path)
+    with pytest.raises(gatefit.GatefitError, match="no file"):
+        load_deployed(tmp_path / "nowhere")
+
+
+def test_what_if_reaches_its_share():
+    gated = gatefit.retrofit(make("basic"), images(), "lc", "step").eval()
+    many = images(64) + images(64, seed=9)[:, :, :1, :1]
+    assert set_share(gated, many, 0.6) == pytest.approx(0.6, abs=0.05)
