@@ -85,7 +85,8 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
                 if not lenient:
                     reasons.append(f"{layer_name(node)}: {stop}")
                 continue
-            found.append((sum(macs[name] for name in units.scaled), units))
+            saved = sum(macs.get(name, 0) for name in units.scaled)  # those of a nested block count there
+            found.append((saved, units))
             break
     if not found:
         return replace(block, no_channel_gate="; ".join(reasons) or "no convolution or linear layer of its own")

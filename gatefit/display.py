@@ -98,7 +98,8 @@ def show_coverage(console: Console, found: list[Coverage]) -> None:
     """One line for each network: what the gates reach, or the reason why nothing."""
     table = Table()
     for name in ("network", "blocks", "with channel gate", "MACs", "under block gates", "under channel gates"):
-        table.add_column(name, justify="left" if name == "network" else "right", overflow="fold")
+        whole = name in ("network", "MACs")
+        table.add_column(name, justify="left" if name == "network" else "right", overflow="fold", no_wrap=whole)
     for c in found:
         if c.blocks:
             shares = (percent(c.block_share), percent(c.channel_share))

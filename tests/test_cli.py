@@ -125,7 +125,7 @@ def test_inspect_of_the_example():
 def test_models():
     result = gatefit("models", "torchvision/*net18")
     assert result.exit_code == 0 and "torchvision/resnet18" in result.stdout and "1 of 1" in result.stdout
-    (found,) = json.loads(gatefit("models", "timm/vgg11", "--json").stdout)
+    found, *_ = json.loads(gatefit("models", "timm/vgg11", "--json").stdout)
     assert found["blocks"] == 0 and "no addition" in found["reason"]
     assert "not gated: there is no addition" in gatefit("models", "timm/vgg11").stdout
     assert "no model" in refused("models", "no-such-network")

@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -89,6 +90,30 @@ def test_step_gates_send_no_gradient_into_the_backbone():
     gated.train()(torch.randn(4, *SPEC.shape))
     entry, salience = seen[0]
     assert torch.autograd.grad(salience.sum(), entry, allow_unused=True) == (None,)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a compiler")
+def test_compiled_training_gives_the_same(dense, digits):
+    before = dense.get_submodule("blocks.0.conv1").weight
+    results = []
+    for compiled in (False, True):
+        gated = gate(dense, "c")
+        settings = replace(SHORT, epochs=1, compile=compiled, lr=0.001)
+        history = gatefit.finetune(gated, digits, dense, settings=settings)
+        results.append((history[0].loss, gated.get_submodule("blocks.0.conv1").weight.detach().clone()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=0.01)  # rounding moves steps across their edge
+    moved = [weight - before for _, weight in results]
+    assert (moved[0] - moved[1]).norm() < 0.1 * moved[0].norm()
+
+
+def test_a_compiler_that_is_not_there(dense, digits, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    with pytest.raises(TrainingError, match=r"could not be compiled.*finetune\.compile = false"):
+        gatefit.finetune(
+            gate(dense, "c"), digits, dense, settings=replace(SHORT, epochs=1, compile=True, batch_size=48)
+        )
 
 
 def test_a_higher_l1_closes_more(dense, digits):
