@@ -62,7 +62,7 @@ def _direction(pooled: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
 def _set_channels(
     gate: Gate, value: Tensor, weight: Tensor, closed: float, masks: int, generator: torch.Generator
 ) -> None:
-    """Channels that are open above, or below, one of masks - 1 thresholds; the rest always open or always closed."""
+    """Channels that are open above, or below, one of a few thresholds; the rest always open or always closed."""
     assert gate.channel is not None
     units = gate.of.units
     order = torch.randperm(units, generator=generator)
@@ -71,7 +71,8 @@ def _set_channels(
     always = order[len(some) : len(some) + round(units * (1 - closed - alive / 2))]
     rows, biases = torch.zeros(units, len(weight)), torch.full((units,), -1.0)
     biases[always] = 1.0
-    thresholds = value.quantile(torch.arange(1, masks) / masks)
+    kinds = max(2, masks - 1)  # with the mask of all channels, as many as a codebook holds
+    thresholds = value.quantile(torch.arange(1, kinds) / kinds)
     for i, unit in enumerate(some.tolist()):
         sign = 1 - 2 * (i % 2)
         rows[unit], biases[unit] = sign * weight, -sign * thresholds[i // 2 % len(thresholds)]
