@@ -1,5 +1,6 @@
 """A sample of timm and torchvision, one network of each family: converted, checked, trained for one step."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -35,6 +36,7 @@ REFUSED = {
 }
 
 
+@functools.cache
 def _check():
     file = Path(__file__).parent.parent / "benchmarks" / "coverage.py"
     spec = importlib.util.spec_from_file_location("benchmarks_coverage", file)

@@ -1,7 +1,9 @@
 """Cut a block's branch out of a gated network, and shrink it to some of its channels."""
 
 import copy
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,43 +86,36 @@ def cut(
     """
     graph = fx.Graph()
     entry, whole, channel, left = (graph.placeholder(name) for name in INPUTS)
-    salience_of = {int(user.args[1]): user for user in place.gate.users}  # type: ignore[arg-type]
-    salience_of.setdefault(0, place.gate)
-    copied: dict[fx.Node, fx.Node] = {place.entry: entry}
-    for user in place.gate.users:
-        copied[user] = (whole, channel, left)[int(user.args[1])]  # type: ignore[arg-type]
     if gate.fill is not None:
-        filled = next(n for n in place.gate.users if n.args[1] == 2)
-        copied[filled] = graph.call_module("fill", (left,))
+        left = graph.call_module("fill", (left,))
     if keep is not None:
-        chosen = graph.get_attr("keep")
-        salience = graph.call_function(torch.index_select, (channel, 1, chosen))
-        copied[next(n for n in place.gate.users if n.args[1] == 1)] = salience
+        channel = graph.call_function(torch.index_select, (channel, 1, graph.get_attr("keep")))
+    copied: dict[fx.Node, fx.Node] = {place.entry: entry}
+    saliences = {user: int(user.args[1]) for user in place.gate.users}  # type: ignore[arg-type]
+    for user, part in saliences.items():
+        copied[user] = (whole, channel, left)[part]
     for node in gated.graph.nodes:
         if node in place.region:
-            mask = node.args[1] if node.target is scale else None
-            if mask is not None and not (block_mask if mask is salience_of[0] else channel_mask):
+            whole_block = node.target is scale and saliences.get(node.all_input_nodes[1]) == 0
+            if node.target is scale and not (block_mask if whole_block else channel_mask):
                 copied[node] = copied[node.all_input_nodes[0]]
                 continue
             copied[node] = graph.node_copy(node, copied.__getitem__)
             if keep is not None:
                 _choose_factors(graph, copied, gate, node)
     graph.output(copied[place.output])
-    root = nn.Module()
-    for node in place.region:
-        if (module := module_of(gated, node)) is not None:
-            _attach(root, str(node.target), copy.deepcopy(module))
-        elif node.op == "get_attr":
-            _attach(root, str(node.target), copy.deepcopy(_fetch(gated, str(node.target))))
+    read = [str(n.target) for n in place.region if n.op in ("call_module", "get_attr")]
+    pieces: dict[str, Any] = {target: copy.deepcopy(operator.attrgetter(target)(gated)) for target in read}
     if gate.fill is not None:
-        root.fill = copy.deepcopy(gate.fill)
+        pieces["fill"] = copy.deepcopy(gate.fill)
     if keep is not None:
         assert gate.of.gated is not None
-        root.register_buffer("keep", keep)
-        for factor in gate.of.gated.factors:
-            root.register_buffer(f"keep_{factor.node}", _entries(keep, factor.per_unit))
-        _shrink(root, gate.of.gated, keep)
-    branch = fx.GraphModule(root, graph)
+        pieces["keep"] = keep
+        pieces |= {f"keep_{f.node}": _entries(keep, f.per_unit) for f in gate.of.gated.factors}
+    branch = fx.GraphModule(pieces, graph)
+    if keep is not None:
+        assert gate.of.gated is not None
+        _shrink(branch, gate.of.gated, keep)
     branch.graph.eliminate_dead_code()
     branch.recompile()
     return branch.eval()
@@ -140,26 +135,6 @@ def _choose_factors(graph: fx.Graph, copied: dict[fx.Node, fx.Node], gate: Gate,
 def _entries(keep: Tensor, per_unit: int) -> Tensor:
     """The entries that units own: (units * per_unit,)."""
     return (keep[:, None] * per_unit + torch.arange(per_unit)).flatten()
-
-
-def _fetch(root: nn.Module, path: str) -> Tensor:
-    owner, _, name = path.rpartition(".")
-    value = getattr(root.get_submodule(owner), name)
-    assert isinstance(value, Tensor)
-    return value
-
-
-def _attach(root: nn.Module, path: str, value: nn.Module | Tensor) -> None:
-    owner, _, name = path.rpartition(".")
-    holder = root
-    for part in owner.split(".") if owner else []:
-        if not hasattr(holder, part):
-            holder.add_module(part, nn.Module())
-        holder = holder.get_submodule(part)
-    if isinstance(value, nn.Module):
-        holder.add_module(name, value)
-    else:
-        holder.register_buffer(name, value.detach())
 
 
 @torch.no_grad()

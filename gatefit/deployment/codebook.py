@@ -12,13 +12,12 @@ SWEEPS = 4
 """Passes of the search over all channels of all masks."""
 
 
-def choose_codebook(opens: Tensor, masks: int, fixed: float = 0.0, possible: Tensor | None = None) -> Tensor:
+def choose_codebook(opens: Tensor, masks: int, possible: Tensor | None = None) -> Tensor:
     """The codebook that the images of a calibration set run at the least expected cost, as far as a search finds it.
 
     Args:
         opens: which units each image opens, (N, units) bool.
         masks: entries of the codebook, at most; fewer where more do not pay.
-        fixed: cost of an entry beside its open units, in units.
         possible: units that any image may ever open, (units,) bool; None: all.
 
     Returns:
@@ -33,7 +32,7 @@ def choose_codebook(opens: Tensor, masks: int, fixed: float = 0.0, possible: Ten
     for _ in range(SWEEPS):
         before = found.clone()
         for entry in range(len(found)):
-            found[entry] = _improved(opens, found, entry, whole, fixed)
+            found[entry] = _improved(opens, found, entry, whole)
         if torch.equal(found, before):
             break
     found = found[found.any(1) & (found != whole).any(1)]  # a layer cannot have no channel at all
@@ -84,7 +83,7 @@ def _starts(opens: Tensor, count: int) -> Tensor:
     return torch.stack(parts)
 
 
-def _improved(opens: Tensor, masks: Tensor, entry: int, whole: Tensor, fixed: float) -> Tensor:
+def _improved(opens: Tensor, masks: Tensor, entry: int, whole: Tensor) -> Tensor:
     """Mask `entry` with each unit set as costs least, the other masks as they are.
 
     For the images that it could serve better than any other mask does, growing it by a unit costs one more for all
@@ -92,7 +91,7 @@ def _improved(opens: Tensor, masks: Tensor, entry: int, whole: Tensor, fixed: fl
     """
     others = torch.cat([masks[:entry], masks[entry + 1 :], whole[None]])
     others = others[others.sum(1).argsort(stable=True)]
-    elsewhere = others.sum(1)[assign(opens, others)].double() + fixed
+    elsewhere = others.sum(1)[assign(opens, others)].double()
     mask = masks[entry].clone()
     lacking = (opens & ~mask).sum(1)
     order = opens.double().mean(0).argsort(descending=True)
@@ -101,8 +100,8 @@ def _improved(opens: Tensor, masks: Tensor, entry: int, whole: Tensor, fixed: fl
         with_unit = lacking - (asks & ~mask[unit]).long()
         without = lacking + (asks & mask[unit]).long()
         size = int(mask.sum()) - int(mask[unit])
-        cost_with = torch.where(with_unit == 0, elsewhere.clamp_max(size + 1 + fixed), elsewhere).sum()
-        cost_without = torch.where(without == 0, elsewhere.clamp_max(size + fixed), elsewhere).sum()
+        cost_with = torch.where(with_unit == 0, elsewhere.clamp_max(size + 1), elsewhere).sum()
+        cost_without = torch.where(without == 0, elsewhere.clamp_max(size), elsewhere).sum()
         mask[unit] = bool(cost_with < cost_without)
         lacking = with_unit if mask[unit] else without
     return mask

@@ -226,7 +226,7 @@ def _steps(deployed: fx.GraphModule, image: Tensor) -> Iterator[_Part | _Choice]
             if waiting:
                 yield _segment(deployed, waiting, values, names)
             waiting = []
-            x, shortcut = node.all_input_nodes if len(node.all_input_nodes) == 2 else (node.args[0],) * 2  # type: ignore
+            x, shortcut = (a for a in node.args if isinstance(a, fx.Node))
             yield _Choice(names[node], block, (names[x], names[shortcut]), values[x], values[shortcut])
         elif node.op not in ("placeholder", "output"):
             waiting.append(node)
@@ -251,17 +251,11 @@ def _segment(
             else:
                 copied[source] = values[source]
     for node in nodes:
-        copied[node] = _copy(graph, node, copied)
+        copied[node] = graph.node_copy(node, copied.__getitem__)
     outputs = [n for n in nodes if any(u not in inside for u in n.users) and isinstance(values[n], Tensor)]
     graph.output(tuple(copied[n] for n in outputs))
     module = fx.GraphModule(deployed, graph)
     return _Part(module, [values[n] for n in given], [names[n] for n in given], [names[n] for n in outputs])
-
-
-def _copy(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, Any]) -> fx.Node:
-    args: Any = fx.map_arg(node.args, copied.__getitem__)
-    kwargs: Any = fx.map_arg(node.kwargs, copied.__getitem__)
-    return graph.create_node(node.op, node.target, args, kwargs, node.name)
 
 
 def _export(parts: list[_Part]) -> None:
