@@ -3,13 +3,14 @@
 import ctypes
 import json
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -52,7 +53,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Convert a trained network into one that skips blocks and channels image by image."""
-    with _user_errors():
+    with _session() as stdout:
         _choose_device(device)
         from gatefit.convert import convert as run
         from gatefit.display import TrainingBar, show_report
@@ -88,9 +89,9 @@ def convert(
         if not _is_main():
             return
         if as_json:
-            typer.echo(json.dumps(done.report, indent=2))
+            _print_json(stdout, done.report)
         else:
-            console = Console(markup=False)
+            console = Console(file=stdout, markup=False)
             show_report(console, done.report)
             console.print(f"written: {folder}", soft_wrap=True)
 
@@ -102,7 +103,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show every residual block of a network, what its gates would control, and what was refused."""
-    with _user_errors():
+    with _session() as stdout:
         import torch
 
         from gatefit.display import show_blocks
@@ -115,9 +116,9 @@ def inspect(
         shape = input_spec(network, image_size or None).shape
         found = find_blocks(network, torch.zeros(2, *shape))
         if as_json:
-            typer.echo(json.dumps({"model": model, **_plain(found)}, indent=2))
+            _print_json(stdout, {"model": model, **_plain(found)})
         else:
-            show_blocks(Console(markup=False), model, found)
+            show_blocks(Console(file=stdout, markup=False), model, found)
         if not found.blocks:
             from gatefit.errors import ConversionError
 
@@ -130,7 +131,7 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Which networks of timm and torchvision can be gated, and how much of their MACs."""
-    with _user_errors():
+    with _session() as stdout:
         from rich.progress import track
 
         from gatefit.coverage import cover
@@ -141,9 +142,9 @@ def models(
         messages = Console(stderr=True)
         found = [cover(n) for n in track(names, "matching", console=messages, transient=True)]
         if as_json:
-            typer.echo(json.dumps([asdict(c) for c in found], indent=2))
+            _print_json(stdout, [asdict(c) for c in found])
         else:
-            show_coverage(Console(markup=False), found)
+            show_coverage(Console(file=stdout, markup=False), found)
 
 
 @app.command()
@@ -155,16 +156,16 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Accuracy, agreement with the original, MACs per image and open gates of a converted network."""
-    with _user_errors():
+    with _session() as stdout:
         _choose_device(device)
         from gatefit.convert import evaluate_folder
         from gatefit.display import show_report
 
         _, report = evaluate_folder(folder, data, skip_corrupt)
         if as_json:
-            typer.echo(json.dumps(report, indent=2))
+            _print_json(stdout, report)
         else:
-            show_report(Console(markup=False), report)
+            show_report(Console(file=stdout, markup=False), report)
 
 
 class Backends(StrEnum):
@@ -185,13 +186,14 @@ def deploy(
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Skip unreadable images.")] = False,
 ) -> None:
     """Make a converted network fast: only what an image needs is run, outputs stay the same."""
-    with _user_errors():
+    with _session() as stdout:
         from gatefit.convert import open_folder
         from gatefit.deployment.folder import deploy_folder
         from gatefit.display import show_deployment
 
         opened = open_folder(folder, data, skip_corrupt)
-        show_deployment(Console(markup=False), deploy_folder(folder, opened, backend.value, masks, harvest, out))
+        rows = deploy_folder(folder, opened, backend.value, masks, harvest, out)
+        show_deployment(Console(file=stdout, markup=False), rows)
 
 
 @app.command()
@@ -205,7 +207,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time the original in its fastest forms beside the deployed network, rounds interleaved."""
-    with _user_errors():
+    with _session() as stdout:
         from gatefit.deployment.trial import run_bench
         from gatefit.display import show_bench
 
@@ -214,11 +216,9 @@ def bench(
             raise GatefitError(f"--batch must be sizes with commas between, such as 1,8, not '{batch}'")
         timings, rows = run_bench(network, data, sizes, what_if, threads, rounds)
         if as_json:
-            typer.echo(
-                json.dumps({"rows": [asdict(r) for r in rows], "engines": [asdict(t) for t in timings]}, indent=2)
-            )
+            _print_json(stdout, {"rows": [asdict(r) for r in rows], "engines": [asdict(t) for t in timings]})
         else:
-            show_bench(Console(markup=False), timings, rows)
+            show_bench(Console(file=stdout, markup=False), timings, rows)
 
 
 def main() -> None:
@@ -228,10 +228,15 @@ def main() -> None:
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
-    """One line and exit 1 for what a user can mend; 130 for Ctrl-C."""
+def _session() -> Iterator[TextIO]:
+    """One line and exit 1 for what a user can mend; 130 for Ctrl-C.
+
+    Gives the stream for results; whatever a library prints by itself goes to stderr, so that --json stays JSON.
+    """
     try:
-        yield
+        stdout = sys.stdout
+        with redirect_stdout(sys.stderr):
+            yield stdout
     except GatefitError as error:
         typer.echo(f"gatefit: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
@@ -241,6 +246,10 @@ def _user_errors() -> Iterator[None]:
     except (OSError, RuntimeError, MemoryError) as error:
         typer.echo(f"gatefit: {type(error).__name__}: {' '.join(str(error).split())[:300]}", err=True)
         raise typer.Exit(1) from None
+
+
+def _print_json(stream: TextIO, value: Any) -> None:
+    print(json.dumps(value, indent=2), file=stream)
 
 
 def _keep_memory() -> None:

@@ -5,6 +5,7 @@ much, and where gates close is where it goes wrong (FitNets, arXiv 1412.6550).
 """
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,10 @@ from gatefit.errors import ConversionError
 from gatefit.fold import fold_batch_norms
 from gatefit.gates import PREFIX, gates_of
 from gatefit.recipe import FinetunePart
+
+COMPARED = 9
+"""At most so many blocks are compared, evenly spaced up to the last: of more each is a little further, at the same
+guidance, and comparing costs time."""
 
 
 class Objective(nn.Module):
@@ -54,7 +59,7 @@ class Teacher(nn.Module):
     Args:
         original: the network to learn from.
         student: the network that learns.
-        features: whether to ask for the blocks' outputs too; only a gated student of that very network can be
+        features: whether to ask for outputs of blocks too; only a gated student of that very network can be
             compared with them, others learn from predictions alone (`blocks` is then empty).
     """
 
@@ -65,7 +70,8 @@ class Teacher(nn.Module):
             shape = student.meta["input"].shape if isinstance(student, fx.GraphModule) else None
             self.network: nn.Module = fold_batch_norms(original, None if shape is None else torch.zeros(2, *shape))
             if features and isinstance(student, fx.GraphModule) and _is_original(original, student):
-                self.blocks = tuple(gate.of.add for gate in gates_of(student).values())
+                every = math.ceil(len(gates_of(student)) / COMPARED)
+                self.blocks = tuple(gate.of.add for gate in gates_of(student).values())[::-every][::-1]
             self.network = with_outputs_of(self.network, self.blocks)
         except ConversionError:
             self.network = _PredictionsOnly(copy.deepcopy(original))

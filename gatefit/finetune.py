@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
+from gatefit.allot import allot
 from gatefit.control import GAIN, lower, price_threshold, smallest_share, threshold_for
 from gatefit.cost import costs_of, macs_per_image, opens_of
 from gatefit.data import ImageSet, Source, as_images, normalise
@@ -152,6 +153,10 @@ class GateClosing:
             return
         self.gated.eval()
         self._meet(price_threshold(s.l1, self.factor) if s.l1 else 0.0)
+        if s.allot:
+            images = torch.cat(list(self._some(min(s.allot, images_that_fit(self.gated)))))
+            allot(self.gated, images, self.costs, s.target or self.share(), s.keep)
+            self._meet()
         if s.refit:
             refit(self.gated, self._some(min(s.refit, images_that_fit(self.gated))))
             self._meet()

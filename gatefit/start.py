@@ -164,12 +164,18 @@ def _start_fill(gated: fx.GraphModule, gate: Gate, predicted: Tensor, mean: Tens
     gate.fill.weight.copy_(summed.unflatten(1, (gate.of.units, -1)).sum(2) * slope)
 
 
+def predictions(gated: fx.GraphModule, x: Tensor) -> Tensor:
+    """What `gated` gives for images (B, C, H, W) with all gates open: (B, classes)."""
+    logits: Tensor = _Probe(gated).run(x)
+    return logits
+
+
 @torch.no_grad()
 def _block_damage(gated: fx.GraphModule, images: ImageSet, chosen: Tensor) -> dict[str, Tensor]:
     """Mean KL divergence from the network's predictions when each block with a block gate is skipped."""
     device = next(gated.parameters()).device
     x = normalise(images.__getitems__(chosen.tolist())[0].to(device), gated.meta["input"])
-    whole = _Probe(gated).run(x).double().log_softmax(1)
+    whole = predictions(gated, x).double().log_softmax(1)
     return {
         name: nn.functional.kl_div(
             _Probe(gated, closed=name).run(x).double().log_softmax(1), whole, log_target=True, reduction="batchmean"

@@ -114,6 +114,13 @@ def test_inspect():
     assert "no residual block" in refused("inspect", "torchvision/vgg11")
 
 
+def test_json_stays_json_when_a_library_prints(tmp_path):
+    file = tmp_path / "chatty.py"
+    file.write_text("import torchvision\nprint('hello')\n\ndef build():\n    return torchvision.models.resnet18()\n")
+    result = gatefit("inspect", f"{file}:build", "--json")
+    assert len(json.loads(result.stdout)["blocks"]) == 8 and "hello" in result.stderr
+
+
 def test_inspect_of_the_example():
     result = gatefit("inspect", ROOT / "examples" / "own_network.py:build", "--json")
     found = json.loads(result.stdout)

@@ -64,3 +64,11 @@ class Untraceable(nn.Module):
 
     def forward(self, x):
         return self.fc(x.mean((2, 3))) if x.sum() > -1e9 else x
+
+
+def test_of_many_blocks_some_are_compared_and_the_last_always():
+    torch.manual_seed(0)
+    model = Network(*(Basic(8, 8) for _ in range(20))).eval()
+    gated = gatefit.retrofit(model, IMAGES, "c", "step")
+    adds = [gate.of.add for gate in gates_of(gated).values()]
+    assert Teacher(model, gated, features=True).blocks == tuple(adds[1::3]) and adds[1::3][-1] == adds[-1]
