@@ -19,6 +19,7 @@ from statistics import mean
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import gatefit
@@ -29,6 +30,8 @@ from gatefit.models import build, input_spec, names_like, parse_reference
 
 SECONDS = 300
 SIDE = 64
+MOST_PARAMETERS = 350_000_000
+"""Networks above are not checked: a check holds five copies of the weights."""
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -43,7 +46,7 @@ class Outcome:
 
 
 def check(name: str) -> str:
-    """Convert a network with random weights and take one training step; "passed" or the reason why not.
+    """Convert a network with random weights, run another size, train for a step; "passed" or the reason why not.
 
     Small images where the network takes them: what is checked does not depend on their size.
     """
@@ -59,6 +62,8 @@ def check(name: str) -> str:
             gated = gatefit.retrofit(network, torch.zeros(shape))
     except gatefit.GatefitError as error:
         return str(error)
+    if wrong := check_other_size(network, gated, shape):
+        return wrong
     optimizer = torch.optim.SGD(gated.train().parameters(), lr=1e-3)
     outputs = [t for t in tree_leaves(gated(torch.randn(shape))) if isinstance(t, torch.Tensor)]
     loss = sum(t.float().square().mean() for t in outputs) + gatefit.salience_penalty(gated)
@@ -69,6 +74,23 @@ def check(name: str) -> str:
         return "gradients are missing or not finite"
     optimizer.step()
     return "passed"
+
+
+@torch.no_grad()
+def check_other_size(network: nn.Module, gated: nn.Module, shape: tuple[int, ...]) -> str:
+    """What goes wrong on larger images and batches than `shape`; empty: nothing, or the network takes no others."""
+    batch, channels, height, width = shape
+    x = torch.randn(batch + 1, channels, height + SIDE // 2, width + SIDE // 2)
+    try:
+        wanted = network.eval()(x)
+    except Exception:
+        return ""
+    try:
+        given = gated.eval()(x)
+    except Exception as error:
+        return f"fails at another size: {type(error).__name__}: {error}"[:300]
+    pairs = zip(tree_leaves(given), tree_leaves(wanted), strict=True)
+    return "" if all(torch.allclose(a, b, 1e-4, 1e-5, equal_nan=True) for a, b in pairs) else "differs at another size"
 
 
 def main() -> None:
@@ -125,7 +147,9 @@ def _work(name: str, checked: bool, sender: Connection) -> None:
     except Exception as error:
         coverage = Coverage(name, "", reason=f"{type(error).__name__}: {error}"[:300])
     outcome = Outcome(coverage, time.monotonic() - began)
-    if checked and coverage.blocks:
+    if checked and coverage.parameters > MOST_PARAMETERS:
+        outcome = replace(outcome, checked=f"not checked: {coverage.parameters / 1e6:.0f} M parameters")
+    elif checked and coverage.blocks:
         try:
             outcome = replace(outcome, checked=check(name))
         except Exception as error:
@@ -151,7 +175,10 @@ def totals(outcomes: list[Outcome]) -> str:
             )
     checks = [o.checked for o in outcomes if o.checked]
     if checks:
-        lines.append(f"converted and trained for one step: {checks.count('passed')} of {len(checks)}")
+        lines.append(
+            f"converted, run at another size and trained for one step: {checks.count('passed')} of {len(checks)}"
+        )
+        lines += sorted(f"{o.coverage.name}: {o.checked}" for o in outcomes if o.checked not in ("", "passed"))
     return "\n".join(lines)
 
 

@@ -1,9 +1,11 @@
-"""The CIFAR ResNets of He et al. (arXiv 1512.03385, section 4.2), with parameter-free (option A) shortcuts.
+"""The CIFAR ResNets of He et al. (arXiv 1512.03385, section 4.2), with parameter-free (option A) shortcuts, and
+ImageNet's ResNet-18 with a 3x3 stem for images of 32 pixels.
 
 gatefit convert examples/cifar_resnet.py:resnet20 --weights resnet20.safetensors --data cifar10 --target 0.7
 """
 
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 
@@ -56,3 +58,11 @@ def resnet20() -> CifarResNet:
 
 def resnet56() -> CifarResNet:
     return CifarResNet(9)
+
+
+def resnet18() -> nn.Module:
+    network = torchvision.models.resnet18(num_classes=10)
+    network.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    network.maxpool = nn.Identity()
+    network.pretrained_cfg = {"input_size": (3, 32, 32)}
+    return network

@@ -24,6 +24,7 @@ from gatefit.models import (
     output_count,
     parse_reference,
     read_weights,
+    skeleton,
 )
 from gatefit.recipe import FinetunePart, Recipe, read_recipe, write_recipe
 from gatefit.store import load, read_config, save
@@ -244,8 +245,7 @@ def _prepare(recipe: Recipe, say: Callable[[str], None]) -> tuple[ModelReference
             "no --data given: fine-tuning on Imagenette (9,469 ImageNet images of 10 classes, fetched through "
             "torchvision) by distillation from the original, which needs no labels"
         )
-    probe = model if model is not None else build(reference)
-    spec = input_spec(probe, part.image_size or None)
+    spec = input_spec(skeleton(reference) if model is None else model, part.image_size or None)
     data = read_data(recipe.data.name, spec, recipe.data.corrupt, recipe.seed, recipe.data.limit)
     if model is None:
         torch.manual_seed(recipe.seed)

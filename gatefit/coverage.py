@@ -10,7 +10,7 @@ from torch import nn
 
 from gatefit.blocks import FoundBlocks
 from gatefit.errors import GatefitError
-from gatefit.models import ModelReference, build, input_spec, parse_reference
+from gatefit.models import ModelReference, input_spec, parse_reference, skeleton
 from gatefit.surgery import find_blocks
 
 
@@ -32,6 +32,7 @@ class Coverage:
     """Saliences of all channel gates."""
     macs: int = 0
     """Per image, dense."""
+    parameters: int = 0
     block_share: float = 0.0
     """Share of the MACs under a block gate."""
     channel_share: float = 0.0
@@ -45,20 +46,11 @@ def cover(name: str) -> Coverage:
     reference = parse_reference(name)
     family = _family(reference)
     try:
-        network = _empty(reference)
+        network = skeleton(reference)
         found = find_blocks(network, torch.zeros(2, *input_spec(network).shape, device="meta"))
     except GatefitError as error:
         return Coverage(name, family, reason=str(error))
     return _count(name, family, network, found)
-
-
-def _empty(reference: ModelReference) -> nn.Module:
-    """Built on the meta device, or where a network cannot be, on the CPU."""
-    try:
-        with torch.device("meta"):
-            return build(reference)
-    except Exception:
-        return build(reference)
 
 
 def _count(name: str, family: str, network: nn.Module, found: FoundBlocks) -> Coverage:
@@ -78,6 +70,7 @@ def _count(name: str, family: str, network: nn.Module, found: FoundBlocks) -> Co
         convolutional_gated=sum(b.channels > 0 for b in convolutional),
         units=sum(b.units for b in found.blocks),
         macs=found.macs,
+        parameters=sum(p.numel() for p in network.parameters()),
         block_share=found.block_share,
         channel_share=found.channel_share,
         reason="" if found.blocks else Counter(reasons).most_common(1)[0][0],

@@ -3,15 +3,17 @@
 import io
 import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
@@ -93,7 +95,7 @@ def read_data(name: str, spec: InputSpec, corrupt: str = "refuse", seed: int = 0
         spec: size and crop of the network's input.
         corrupt: "refuse" or "skip" images that cannot be read.
         seed: of the division and of `limit`.
-        limit: images of each split to use; 0: all.
+        limit: images of each split to use, of a stream the first ones; 0: all.
 
     Raises:
         DataError: nothing there, no images, unreadable images, or a data set that cannot be fetched.
@@ -114,7 +116,7 @@ def read_data(name: str, spec: InputSpec, corrupt: str = "refuse", seed: int = 0
             f"or a name for timm that begins with {', '.join(TIMM_PREFIXES)}"
         )
     else:
-        splits = _from_timm(name, spec, corrupt)
+        splits = _from_timm(name, spec, corrupt, limit)
     if limit:
         generator = torch.Generator().manual_seed(seed)
         parts = (splits.train, splits.test)
@@ -209,17 +211,18 @@ def _imagenette(spec: InputSpec, corrupt: str) -> Splits:
     )
 
 
-def _from_timm(name: str, spec: InputSpec, corrupt: str) -> Splits:
+def _from_timm(name: str, spec: InputSpec, corrupt: str, limit: int) -> Splits:
     from timm.data import create_dataset
 
     root = str(Path(torch.hub.get_dir()).parent / "gatefit" / "timm")
     splits = []
-    for split, training in (("train", True), ("validation", False)):
+    for split in ("train", "validation"):
         try:
-            dataset = create_dataset(name, root=root, split=split, is_training=training, download=True)
-            if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-                raise DataError(f"the data set '{name}' can only be streamed; gatefit needs one with random access")
+            dataset = create_dataset(name, root=root, split=split, is_training=False, download=True)
             dataset.transform = None
+            if isinstance(dataset, IterableDataset):
+                splits.append(_streamed(name, dataset, spec, limit))
+                continue
             labels = (
                 [int(dataset[i][1]) for i in range(len(dataset))]
                 if not hasattr(dataset, "targets")
@@ -236,6 +239,26 @@ def _from_timm(name: str, spec: InputSpec, corrupt: str) -> Splits:
         items = [(i, label) for i, label in enumerate(labels)]
         splits.append(_build(name, items, lambda i, d=dataset: d[i][0], names, spec, corrupt))  # type: ignore[misc]
     return Splits(*splits)
+
+
+def _streamed(name: str, dataset: Iterable[tuple[Image.Image, int]], spec: InputSpec, limit: int) -> ImageSet:
+    """What a stream gives, held in memory: training needs its images in any order."""
+    most = RESIDENT_BYTES // (3 * spec.shape[1] * spec.shape[2])
+    images: list[Tensor] = []
+    labels: list[int] = []
+    for image, label in islice(dataset, limit or None):
+        if len(images) == most:
+            raise DataError(
+                f"'{name}' is a stream of more than {most} images, which do not fit into memory; "
+                "set data.limit in a recipe, or pass --data DIR"
+            )
+        images.append(_decode(image, spec))
+        labels.append(int(label))
+    if not images:
+        raise DataError(f"the data set '{name}' gives no images")
+    resident = torch.stack(images)
+    # Which classes there are a part of a stream does not say.
+    return ImageSet(name, len(images), resident.__getitem__, torch.tensor(labels), (), resident)
 
 
 def _folder_files(root: Path) -> list[tuple[tuple[str, ...], Any]]:

@@ -48,15 +48,15 @@ class TrainingBar(AbstractContextManager["TrainingBar"]):
         self._progress.stop()
 
     def __call__(self, step: Step) -> None:
-        """Show a training step."""
+        """Show a step of any stage."""
         if step.stage not in self._tasks:
             self._tasks[step.stage] = self._progress.add_task(step.stage, total=step.steps, figures="")
-        figures = f"loss {step.loss:.3f}"
+        figures = [] if step.loss is None else [f"loss {step.loss:.3f}"]
         if step.accuracy is not None:
-            figures += f"  acc {100 * step.accuracy:.1f} %"
-        if step.stage == "fine-tune":
-            figures += f"  MACs {100 * step.share:.1f} %"
-        self._progress.update(self._tasks[step.stage], completed=step.step, figures=figures)
+            figures.append(f"acc {100 * step.accuracy:.1f} %")
+        if step.share is not None:
+            figures.append(f"MACs {100 * step.share:.1f} %")
+        self._progress.update(self._tasks[step.stage], completed=step.step, figures="  ".join(figures))
 
 
 def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:

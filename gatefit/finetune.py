@@ -17,8 +17,8 @@ from gatefit.models import InputSpec, output_count
 from gatefit.penalty import salience_penalty
 from gatefit.recipe import FinetunePart
 from gatefit.refit import images_that_fit, refit
-from gatefit.start import start_from_data
-from gatefit.training import Epoch, Report, Trainer, augment, generator, loader, recalibrate
+from gatefit.start import Tick, start_from_data
+from gatefit.training import Epoch, Progress, Report, Trainer, augment, generator, loader, recalibrate
 
 MEETING_IMAGES = 2000
 MEETING_ROUNDS = 3
@@ -54,7 +54,7 @@ def finetune(
         settings: all other settings.
         start: "data" (see `gatefit.start`) or "identity", the paper's.
         seed: of the order of images, augmentation and dropout.
-        report: called after each step.
+        report: called after each step, of the start too.
         checkpoint: a file that is written as training goes.
         resume: go on from `checkpoint` if it is there; the end is then the same as without the break.
 
@@ -67,7 +67,8 @@ def finetune(
     if not images.fits(output_count(gated, gated.meta["input"])):
         images = images.unlabelled()
     settings = _resolved(settings or FinetunePart(), l1, target, start, teacher is not None)
-    closing = GateClosing(gated, images, settings, start, seed)
+    report = report or (lambda _: None)
+    closing = GateClosing(gated, images, settings, start, seed, report)
     gates = [p for gate in gates_of(gated).values() for fc in gate.layers for p in fc.parameters()]
     frozen = [p for p in gates if p.requires_grad and not settings.gate_lr]
     trainer = Trainer(
@@ -77,7 +78,7 @@ def finetune(
         settings,
         stage="fine-tune",
         seed=seed,
-        report=report or (lambda _: None),
+        report=report,
         teacher=teacher,
         closing=closing,
     )
@@ -125,9 +126,18 @@ def train_dense(
 class GateClosing:
     """Closes gates while the network trains: the closed loop for a target, the price for an L1 coefficient."""
 
-    def __init__(self, gated: fx.GraphModule, images: ImageSet, settings: FinetunePart, start: str, seed: int) -> None:
+    def __init__(
+        self,
+        gated: fx.GraphModule,
+        images: ImageSet,
+        settings: FinetunePart,
+        start: str,
+        seed: int,
+        report: Report = lambda _: None,
+    ) -> None:
         self.gated, self.images, self.settings = gated, images, settings
         self.start, self.seed, self.factor = start, seed, 1.0
+        self.report = report
         self.ramp = settings.ramp or 0.0
         self.costs = costs_of(gated, gated.meta["input"].shape)
         if settings.l1 is None and settings.target is None:
@@ -148,18 +158,22 @@ class GateClosing:
         s = self.settings
         if self.start != "data":
             return
-        self.factor = start_from_data(self.gated, self.images, seed=self.seed)
+        self.factor = start_from_data(self.gated, self.images, seed=self.seed, tick=self._ticking("start"))
         if self.ramp:
             return
         self.gated.eval()
         self._meet(price_threshold(s.l1, self.factor) if s.l1 else 0.0)
         if s.allot:
             images = torch.cat(list(self._some(min(s.allot, images_that_fit(self.gated)))))
-            allot(self.gated, images, self.costs, s.target or self.share(), s.keep)
+            share = s.target or self.share()
+            allot(self.gated, images, self.costs, share, s.keep, self.seed, self._ticking("allot"))
             self._meet()
         if s.refit:
-            refit(self.gated, self._some(min(s.refit, images_that_fit(self.gated))))
+            refit(self.gated, self._some(min(s.refit, images_that_fit(self.gated))), self._ticking("refit"))
             self._meet()
+
+    def _ticking(self, stage: str) -> Tick:
+        return lambda step, steps: self.report(Progress(stage, step, steps))
 
     def share(self) -> float:
         """Share of the dense MACs that the last forward ran."""

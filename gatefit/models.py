@@ -109,6 +109,15 @@ def build(reference: ModelReference, pretrained: bool = False) -> nn.Module:
     return model.eval()
 
 
+def skeleton(reference: ModelReference) -> nn.Module:
+    """A network without numbers in it, on the meta device; or where it cannot be built there, as `build` gives it."""
+    try:
+        with torch.device("meta"):
+            return build(reference)
+    except Exception:
+        return build(reference)
+
+
 def recognise(model: nn.Module) -> ModelReference | None:
     """The reference that builds a network of this one's keys and shapes, if timm or torchvision has it."""
     home = type(model).__module__

@@ -36,7 +36,7 @@ class DataPart:
     corrupt: Literal["refuse", "skip"] = "refuse"
     """What to do with an image that cannot be read."""
     limit: int = 0
-    """Use only the first images of each split, after a seeded shuffle; 0: all."""
+    """Use only the first images of each split, after a seeded shuffle (of a stream: as it comes); 0: all."""
 
     def __post_init__(self) -> None:
         _check(self.limit >= 0, f"data.limit must be 0 or more, not {self.limit}")

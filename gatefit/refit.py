@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.gates import Gate, add_fill
 from gatefit.graph import module_of, shape_of
+from gatefit.start import Tick
 
 PRIOR_IMAGES = 40
 """Pull of each weight towards its present value, as if so many images had spoken for it."""
@@ -35,7 +36,7 @@ def images_that_fit(gated: fx.GraphModule) -> int:
 
 
 @torch.no_grad()
-def refit(gated: fx.GraphModule, batches: Iterable[Tensor]) -> int:
+def refit(gated: fx.GraphModule, batches: Iterable[Tensor], tick: Tick = lambda done, of: None) -> int:
     """Refit the layers of `gated` that read changed inputs, in place, with its gates as they are; leaves eval mode.
 
     Grouped convolutions keep their weights, and so do layers that are called more than once; BN statistics stay.
@@ -43,6 +44,7 @@ def refit(gated: fx.GraphModule, batches: Iterable[Tensor]) -> int:
     Args:
         gated: from `retrofit`, its thresholds as they will be used.
         batches: normalised images, (B, C, H, W) each; all are held in memory at once.
+        tick: told after each node.
 
     Returns:
         How many layers were refitted.
@@ -51,7 +53,8 @@ def refit(gated: fx.GraphModule, batches: Iterable[Tensor]) -> int:
     runs = _Runs(gated, list(batches))
     calls = [n.target for n in gated.graph.nodes if n.op == "call_module"]
     refitted = 0
-    for node in gated.graph.nodes:
+    for done, node in enumerate(gated.graph.nodes, 1):
+        tick(done, len(gated.graph.nodes))
         if node.op == "output":
             break
         changed = runs.run_open(node)

@@ -8,6 +8,8 @@ block is too much for that second-order estimate: for blocks the rise is measure
 To each pre-activation is added what the pooled input says of how hard the image is: hard images open more.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -15,6 +17,8 @@ from gatefit.data import ImageSet, normalise
 from gatefit.gates import Gate, gates_of, harden, scale
 from gatefit.penalty import unit_weights
 
+Tick = Callable[[int, int], None]
+"""Told after each step of long work: steps done, and of how many."""
 RIDGE = 1e-3
 SPREAD = 4.0
 """Standard deviation of the pre-activations: 1 is the width of the window in which gates learn."""
@@ -80,7 +84,12 @@ def _mean(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tens
 
 
 def start_from_data(
-    gated: fx.GraphModule, images: ImageSet, count: int = 5000, batch: int = 50, seed: int = 0
+    gated: fx.GraphModule,
+    images: ImageSet,
+    count: int = 5000,
+    batch: int = 50,
+    seed: int = 0,
+    tick: Tick = lambda done, of: None,
 ) -> float:
     """Set the gates' weights from `count` images, no labels needed; all gates stay open (threshold 0).
 
@@ -97,7 +106,8 @@ def start_from_data(
     rows: dict[str, list[tuple[Tensor, list[Tensor | None], list[Tensor | None]]]] = {n: [] for n in gates_of(gated)}
     means: dict[str, list[Tensor]] = {n: [] for n in gates_of(gated)}
     entropies: list[Tensor] = []
-    for indices in chosen.split(batch):
+    batches = chosen.split(batch)
+    for done, indices in enumerate(batches, 1):
         probe = _Probe(gated)
         pixels = images.__getitems__(indices.tolist())[0].to(device)
         logits = probe.run(normalise(pixels, gated.meta["input"]))
@@ -113,6 +123,7 @@ def start_from_data(
             rows[name].append(
                 (probe.pooled[name], probe.activations[name], [None if s is None else next(slopes) for s in both])
             )
+        tick(done, len(batches))
     hardness = torch.cat(entropies)
     hardness = (hardness - hardness.mean()) / hardness.std().clamp_min(1e-12)
     fits: list[tuple[nn.Linear, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []

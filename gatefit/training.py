@@ -44,14 +44,14 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands after a step; means over the epoch under way."""
+    """Where a stage stands after a step; in training with means over the epoch under way."""
 
     stage: str
     step: int
     steps: int
-    loss: float
-    accuracy: float | None
-    share: float
+    loss: float | None = None
+    accuracy: float | None = None
+    share: float | None = None
 
 
 Report = Callable[[Progress], None]
@@ -85,6 +85,8 @@ class _State:
     history: list[dict[str, Any]] = field(default_factory=list)
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     """Of the epoch under way: loss, right answers, share, images."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """Of the loss, in fp16."""
 
 
 class Trainer:
@@ -234,7 +236,8 @@ class Trainer:
             state.sums[i] += value
         means = [x / state.sums[3] for x in state.sums[:3]]
         accuracy = means[1] if self.images.labels is not None else None
-        self.report(Progress(self.stage, state.step, self.steps, means[0], accuracy, means[2]))
+        ran = means[2] if self.closing is not None else None
+        self.report(Progress(self.stage, state.step, self.steps, means[0], accuracy, ran))
         if state.step % self.per_epoch == 0:
             lr = self.optimizer.param_groups[0]["lr"]
             state.history.append(asdict(Epoch(state.step // self.per_epoch, means[0], accuracy, means[2], lr)))
@@ -245,6 +248,8 @@ class Trainer:
         for i, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
         self.state.factor = self.closing.factor if self.closing is not None else 1.0
+        if self.accelerator.scaler is not None:
+            self.state.scaler = self.accelerator.scaler.state_dict()
         write_tensors(file, tensors, {"state": json.dumps({**asdict(self.state), "stage": self.stage})})
 
     def _restore(self, file: Path) -> None:
@@ -264,6 +269,8 @@ class Trainer:
                     _, i, name = key.split(".")
                     saved["state"].setdefault(int(i), {})[name] = value
             self.optimizer.load_state_dict(saved)
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(self.state.scaler)
         except Exception as error:
             raise CheckpointError(
                 f"{file} is damaged or of another run ({str(error).splitlines()[0]}); remove it to begin anew"

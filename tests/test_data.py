@@ -147,3 +147,24 @@ def test_normalise_bytes_but_not_floats():
     white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     assert normalise(white, InputSpec((3, 2, 2), (0.5,) * 3, (0.5,) * 3)).unique().tolist() == [1]
     assert normalise(white.float(), SPEC).unique().tolist() == [255]
+
+
+def test_a_stream_is_read_into_memory(monkeypatch):
+    from timm.data.dataset import IterableImageDataset
+
+    asked = []
+
+    def create(name, split, **_options):
+        asked.append(split)
+        return IterableImageDataset("", reader=[(picture(i, (20, 18)), i % 3) for i in range(7)])
+
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    splits = read_data("wds/some", SPEC)
+    assert asked == ["train", "validation"] and len(splits.train) == len(splits.test) == 7
+    assert splits.train.labels.tolist() == [0, 1, 2, 0, 1, 2, 0] and splits.train.fits(3)
+    assert splits.train.resident.shape == (7, 3, 16, 16)
+    assert len(read_data("wds/some", SPEC, limit=4).train) == 4
+    monkeypatch.setattr("gatefit.data.RESIDENT_BYTES", 5 * 3 * 16 * 16)
+    assert len(read_data("wds/some", SPEC, limit=5).train) == 5
+    with pytest.raises(DataError, match=r"more than 5 images.*data\.limit"):
+        read_data("wds/some", SPEC)

@@ -1,5 +1,7 @@
 """Deployed networks answer as the gated ones do, for every image and every mask, and leave out what is closed."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -7,12 +9,18 @@ from networks import CASES, GATABLE, images, make
 from torch.utils.flop_counter import FlopCounterMode
 
 import gatefit
+from gatefit.cost import opens_of
 from gatefit.deployment.codebook import assign, choose_codebook, expected_units, most_frequent
 from gatefit.deployment.dynamic import DynamicBlock
+from gatefit.deployment.engines import OnnxNetwork, masked_onnx, packed
 from gatefit.deployment.folder import load_deployed, write_deployment
-from gatefit.deployment.plan import BlockPlan
+from gatefit.deployment.gathered import GatheredBlock, GatheredConv, gathered_network
+from gatefit.deployment.native import kernel
+from gatefit.deployment.plan import BlockPlan, observe, plan_block
+from gatefit.deployment.prepack import PackedConv
 from gatefit.deployment.tune import forms_of
 from gatefit.deployment.what_if import set_share
+from gatefit.fold import fold_batch_norms
 from gatefit.gates import gates_of
 
 FORMS = ["relu1", "step"]
@@ -57,6 +65,24 @@ def test_exact_for_images_outside_the_calibration_set(name, form, fill):
         assert same(deployed(others.flip(0)), wanted.flip(0))
 
 
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "inverted", "squeeze-excite"])
+def test_packed_convolutions(name):
+    """With their activation, and what they are added to; and again after a copy, which packs anew."""
+    model = make(name).eval()
+    network = packed(fold_batch_norms(model, images()))
+    convs = [m for m in network.modules() if isinstance(m, PackedConv)]
+    x = images(3, seed=4)
+    with torch.no_grad():
+        wanted = model(x)
+        assert same(network(x), wanted) and same(copy.deepcopy(network)(x), wanted)
+        assert convs and all(c.packed.is_mkldnn for c in convs)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert same(copy.deepcopy(network)(x), wanted)
+    deployed = gatefit.deploy(gated_network(name), images(8), tuned=False)
+    ways = [n for m in deployed.modules() if isinstance(m, DynamicBlock) for w in m.ways for n in w.graph.nodes]
+    assert not any(n.target is torch.add for n in ways) or name == "squeeze-excite"
+
+
 @pytest.mark.parametrize("value", [1.0, -1.0])
 @pytest.mark.parametrize("name", ["basic", "inverted", "grouped", "squeeze-excite"])
 def test_all_open_and_all_closed(name, value):
@@ -87,9 +113,59 @@ def test_what_is_closed_is_not_computed(name):
 
 def macs(network):
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    with counter, torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):  # it does not know packed ones
         network(images(1))
     return counter.get_total_flops() // 2
+
+
+@pytest.mark.skipif(kernel() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    "shape", [(6, 16, 24, 3), (5, 9, 11, 3), (7, 4, 4, 3), (13, 5, 8, 1), (8, 14, 14, 1), (6, 7, 7, 5)]
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_gathered_convolution(shape, stride):
+    """Of some rows and some columns, two images at once, with a shortcut; and with no column at all."""
+    channels, height, width, size = shape
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(channels, 20, size, stride, size // 2)
+    rows, columns = torch.tensor([0, 3, 4, 7, 11, 12, 19]), torch.tensor([0, 2, 4])
+    x = torch.randn(2, channels, height, width)
+    with torch.no_grad():
+        whole = conv(x)
+        assert same(GatheredConv(conv)(x), whole)
+        conv.weight.data[:, [c for c in range(channels) if c not in columns.tolist()]] = 0
+        some = conv(x)[:, rows]
+        added = torch.randn(some.shape)
+        gathered = GatheredConv(conv, "relu")
+        assert same(gathered(x[:, columns], added, rows, columns), (some + added).relu())
+        none = gathered(x[:, :0], None, rows, columns[:0])
+        assert same(none, conv.bias[rows, None, None].relu().expand_as(none))
+
+
+@pytest.mark.skipif(kernel() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", GATABLE)
+def test_gathered_networks_are_exact(name, form, fill):
+    """Where a block cannot be gathered, its codebook serves."""
+    gated = gated_network(name, form, fill)
+    plans = {n: plan_block(gated, gates_of(gated)[n], seen, 4) for n, seen in observe(gated, [images(8)]).items()}
+    deployed = gathered_network(gated, plans)
+    others = images(9, seed=5)
+    with torch.no_grad():
+        assert same(deployed(others), gated(others))
+    if name in ("basic", "bottleneck"):
+        blocks = [m for m in deployed.modules() if isinstance(m, GatheredBlock)]
+        assert len(blocks) == len(gates_of(gated))
+        seen = []
+        next(m for m in blocks[0].way.modules() if isinstance(m, GatheredConv)).register_forward_hook(
+            lambda m, args, out: seen.append(out.shape[1])
+        )
+        with torch.no_grad():
+            deployed(others)
+            gated(others)
+        opened = opens_of(gated)[blocks[0].saliences.gate.of.name]
+        assert seen == opened.channel.sum(1)[opened.block].tolist()
 
 
 def test_a_codebook_covers_every_image():
@@ -113,11 +189,11 @@ def test_samples_that_need_the_same_run_together():
     deployed = gatefit.deploy(gated, images(16), tuned=False)
     block = next(m for m in deployed.modules() if isinstance(m, DynamicBlock))
     seen = []
-    for branch in block.branches:
-        branch.register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    for way in block.ways:
+        way.register_forward_hook(lambda m, args, out: seen.append(len(out)))
     with torch.no_grad():
         deployed(images(16))
-    assert len(seen) <= len(block.branches) and sum(seen) <= 16
+    assert len(seen) <= len(block.ways) and sum(seen) <= 16
 
 
 def test_nothing_to_deploy():
@@ -137,6 +213,21 @@ def test_one_file_for_onnx_runtime(name, form):
     others = images(9, seed=5)
     with torch.no_grad():
         assert same(deployed(others), gated(others))
+
+
+def test_a_file_without_control_flow():
+    pytest.importorskip("onnxruntime")
+    import onnx
+
+    gated = gated_network("basic", fill=True)
+    model = masked_onnx(gated, images(1))
+    assert "If" not in {n.op_type for n in onnx.load_from_string(model).graph.node}
+    with torch.no_grad():
+        assert same(OnnxNetwork(model)(images(5, seed=3)), gated(images(5, seed=3)))
+    with pytest.raises(gatefit.GatefitError, match=r"takes images of shape.*deploy anew"):
+        OnnxNetwork(model)(torch.zeros(1, 3, 5, 5))
+    with pytest.raises(gatefit.GatefitError, match="cannot read the file"):
+        OnnxNetwork(model[: len(model) // 2])
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnx"])

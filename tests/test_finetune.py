@@ -24,7 +24,7 @@ from gatefit.models import InputSpec
 from gatefit.recipe import FinetunePart
 from gatefit.refit import refit
 from gatefit.start import start_from_data
-from gatefit.training import _optimizer, augment, recalibrate
+from gatefit.training import Trainer, _optimizer, augment, recalibrate
 
 SPEC = InputSpec((3, 8, 8), (0.3,) * 3, (0.35,) * 3)
 SHORT = FinetunePart(epochs=4, batch_size=64, target=0.6, flip=False, recalibrate=600)
@@ -268,7 +268,7 @@ def test_a_broken_run_ends_as_if_it_had_not_been(dense, digits, tmp_path):
         pass
 
     def kill(progress):
-        if progress.step == 53:
+        if progress.stage == "fine-tune" and progress.step == 53:
             raise Killed
 
     with pytest.raises(Killed):
@@ -283,6 +283,31 @@ def test_a_broken_run_ends_as_if_it_had_not_been(dense, digits, tmp_path):
     )  # fmt: skip
     assert steps[0] == 45 and len(history) == 4
     assert all(torch.equal(v, whole.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_a_checkpoint_keeps_the_scale_of_the_loss(dense, digits, tmp_path):
+    trainers = []
+    for _ in range(2):
+        trainer = Trainer(dense, digits.train, SPEC, SHORT, stage="baseline", seed=0, report=lambda _: None)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # what fp16 on a GPU would have
+        trainers.append(trainer)
+    first, second = trainers
+    first.accelerator.scaler.scale(torch.ones(()))
+    first.accelerator.scaler.update(2.0)
+    first._save(tmp_path / "c.safetensors")
+    second._restore(tmp_path / "c.safetensors")
+    assert second.accelerator.scaler.get_scale() == 2.0
+
+
+def test_every_stage_tells_how_far_it_is(dense, digits):
+    last = {}
+    gatefit.finetune(
+        gate(dense, "c"), digits, dense, settings=replace(SHORT, epochs=1, allot=64),
+        report=lambda p: last.update({p.stage: p}),
+    )  # fmt: skip
+    assert list(last) == ["start", "allot", "refit", "fine-tune"]
+    assert all(p.step == p.steps for p in last.values())
+    assert last["allot"].loss is None and last["fine-tune"].share < 1
 
 
 def test_a_damaged_checkpoint_is_named(dense, digits, tmp_path):

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, fx
 
 from gatefit.deployment.dynamic import assemble
-from gatefit.deployment.engines import OnnxNetwork, need_onnx, onnx_blocks, onnx_network, torch_blocks
+from gatefit.deployment.engines import OnnxNetwork, need_onnx, onnx_blocks, onnx_network, packed, torch_blocks
+from gatefit.deployment.gathered import gathered_network
+from gatefit.deployment.native import kernel
 from gatefit.deployment.plan import observe, plan_block
-from gatefit.deployment.tune import tune
+from gatefit.deployment.tune import milliseconds, tune
 from gatefit.errors import DeployError
 from gatefit.gates import gates_of
 
@@ -35,7 +37,9 @@ def deploy(
             images of the size of the calibration images.
         masks: entries of each block's codebook, at most (see `gatefit.deployment.codebook`).
         harvest: also drop for good the channels that no calibration image opened. Outputs may then differ.
-        tuned: keep only what is faster on this machine; else every block is as dynamic as it can be.
+        tuned: keep only what is faster on this machine: of each block's forms with a codebook, and for "torch" of the
+            whole with codebooks and the whole with weights gathered for each image (`gatefit.deployment.gathered`);
+            else every block has its codebook.
 
     Returns:
         (B, C, H, W) -> (B, classes); of backend "onnx" with the file's content as `.model`.
@@ -56,14 +60,26 @@ def deploy(
     training = gated.training
     seen = observe(gated.eval(), images)
     if tuned:
-        build = onnx_blocks if backend == "onnx" else torch_blocks
-        chosen = tune(gated, seen, torch.cat(images)[:TUNING_IMAGES], build, masks, harvest)
-        plans = {name: (plan, place) for name, (plan, place, _) in chosen.items()}
+        some = torch.cat(images)[:TUNING_IMAGES]
+        if backend == "onnx":
+            tried = tune(gated, seen, some.contiguous(), onnx_blocks, masks, harvest)
+        else:
+            tried = tune(gated, seen, some.to(memory_format=torch.channels_last), torch_blocks, masks, harvest)
+        plans = {name: (plan, place) for name, (plan, place, _) in tried.items()}
     else:
         plans = {name: plan_block(gated, gate, seen[name], masks, harvest) for name, gate in gates.items()}
     deployed = assemble(gated, plans)
     deployed.meta["plans"] = tuple(plan for plan, _ in plans.values())
-    gated.train(training)
     if backend == "onnx":
+        gated.train(training)
         return onnx_network(deployed, images[0][:1])
-    return deployed.to(memory_format=torch.channels_last)  # which PyTorch's convolutions are fastest on
+    chosen, gathered = packed(deployed), False
+    if tuned and next(gated.parameters()).device.type == "cpu" and kernel() is not None:
+        other = gathered_network(gated, plans)
+        each = [(image,) for image in torch.cat(images)[:TUNING_IMAGES].split(1)]
+        first, second = milliseconds([chosen, other], each)
+        if gathered := second < first:
+            chosen = other
+    chosen.meta |= {"plans": deployed.meta["plans"], "gathered": gathered}
+    gated.train(training)
+    return chosen

@@ -1,4 +1,4 @@
-"""Cut a block's branch out of a gated network, and shrink it to some of its channels."""
+"""Cut a block out of a gated network as a way to run it: its branch, shrunk to some channels, and the addition."""
 
 import copy
 import operator
@@ -14,8 +14,10 @@ from gatefit.errors import DeployError
 from gatefit.gates import Gate, add_fill, harden, scale
 from gatefit.graph import module_of
 
-INPUTS = ("entry", "whole", "channel", "left")
-"""What a branch is given: the block's input, both saliences, and what closed units were predicted to be."""
+SHORTCUT = "shortcut"
+INPUTS = ("entry", SHORTCUT, "whole", "channel", "left")
+"""What a way is given: the block's input, what its branch is added to, both saliences, and what closed units were
+predicted to be."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,14 @@ def place_of(gated: fx.GraphModule, gate: Gate) -> Place:
     return Place(call, call.args[0], add, output, shortcut, _relu_behind(gated, add), frozenset(region))
 
 
+def place_or_none(gated: fx.GraphModule, gate: Gate) -> Place | None:
+    """`place_of`, or None where the branch cannot be cut out."""
+    try:
+        return place_of(gated, gate)
+    except DeployError:
+        return None
+
+
 def _relu_behind(gated: fx.GraphModule, add: fx.Node) -> fx.Node | None:
     user = next(iter(add.users)) if len(add.users) == 1 else None
     if user is not None and (type(module_of(gated, user)) is nn.ReLU or user.target in (F.relu, torch.relu, "relu")):
@@ -75,17 +85,17 @@ def cut(
     block_mask: bool = True,
     channel_mask: bool = True,
 ) -> fx.GraphModule:
-    """The branch as a network of its own, with the units `keep` alone (int64 indices; None: all).
+    """The block as a network of its own, its branch with the units `keep` alone (int64 indices; None: all).
 
     Without `block_mask` or `channel_mask` it is for images whose saliences are all 1 for what is left of the branch.
-    It takes `INPUTS` (None for what the gate does not have) and returns what is added to the shortcut. Its weights
-    are copies.
+    It takes `INPUTS` (None for what the gate does not have) and returns the sum, behind its ReLU if `place` has one.
+    Its weights are copies.
 
     Raises:
         DeployError: it cannot be shrunk, and why.
     """
     graph = fx.Graph()
-    entry, whole, channel, left = (graph.placeholder(name) for name in INPUTS)
+    entry, shortcut, whole, channel, left = (graph.placeholder(name) for name in INPUTS)
     if gate.fill is not None:
         left = graph.call_module("fill", (left,))
     if keep is not None:
@@ -103,7 +113,8 @@ def cut(
             copied[node] = graph.node_copy(node, copied.__getitem__)
             if keep is not None:
                 _choose_factors(graph, copied, gate, node)
-    graph.output(copied[place.output])
+    total = graph.call_function(torch.add, (copied[place.output], shortcut))
+    graph.output(total if place.relu is None else graph.call_function(F.relu, (total,)))
     read = [str(n.target) for n in place.region if n.op in ("call_module", "get_attr")]
     pieces: dict[str, Any] = {target: copy.deepcopy(operator.attrgetter(target)(gated)) for target in read}
     if gate.fill is not None:
@@ -112,17 +123,17 @@ def cut(
         assert gate.of.gated is not None
         pieces["keep"] = keep
         pieces |= {f"keep_{f.node}": _entries(keep, f.per_unit) for f in gate.of.gated.factors}
-    branch = fx.GraphModule(pieces, graph)
+    way = fx.GraphModule(pieces, graph)
     if keep is not None:
         assert gate.of.gated is not None
-        _shrink(branch, gate.of.gated, keep)
-    branch.graph.eliminate_dead_code()
-    branch.recompile()
-    return branch.eval()
+        _shrink(way, gate.of.gated, keep)
+    way.graph.eliminate_dead_code()
+    way.recompile()
+    return way.eval()
 
 
 def _choose_factors(graph: fx.Graph, copied: dict[fx.Node, fx.Node], gate: Gate, node: fx.Node) -> None:
-    """Where a branch that was just given `node` multiplies the channels by it, take the entries that are left."""
+    """Where a way that was just given `node` multiplies the channels by it, take the entries that are left."""
     assert gate.of.gated is not None
     factor = next((f for f in gate.of.gated.factors if f.node == node.name), None)
     if factor is not None:

@@ -1,11 +1,12 @@
 """A deployed network in PyTorch: samples that need the same of a block run together, nothing else is computed."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.deployment.branch import Place, cut
+from gatefit.deployment.branch import INPUTS, Place, cut
 from gatefit.deployment.plan import BlockPlan
 from gatefit.fold import fold_in_place
 from gatefit.gates import Gate, gates_of
@@ -24,33 +25,53 @@ class Saliences(nn.Module):
     def __init__(self, gate: Gate, plan: BlockPlan) -> None:
         super().__init__()
         self.gate = copy.deepcopy(gate).eval()
-        self.skip, self.exact = plan.skip, plan.exact
+        self.skip = plan.skip and gate.block is not None
         self.fc = nn.Linear(gate.of.features, sum(fc.out_features for fc in gate.layers))
         self.fc.weight.data = torch.cat([fc.weight.detach() for fc in gate.layers])
         self.fc.bias.data = torch.cat([fc.bias.detach() for fc in gate.layers])
         self.fitting = None if plan.codebook is None or len(plan.codebook) < 2 else _fitting(plan)
+        self.entries = 1 if plan.codebook is None else len(plan.codebook)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Pre-activations of both gates for inputs of the block, (B, ...): (B, [1 +] units)."""
+        logits: Tensor = self.fc(self.gate.pool(x))
+        return logits
+
+    def chosen(self, logits: Tensor) -> list[int]:
+        """The way that each image takes: an entry of the codebook, or `entries` for none; one read-back."""
+        opened = (logits > 0).cpu()
+        ways = torch.zeros(len(opened), dtype=torch.int64)
+        if self.fitting is not None:
+            fits = self._fits(opened)
+            ways = torch.where(fits.any(1), fits.int().argmax(1), self.entries - 1)
+        if self.skip:
+            ways[~opened[:, 0]] = self.entries
+        found: list[int] = ways.tolist()
+        return found
+
+    def given(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Saliences of the block and of its units, and what is left behind (see `gatefit.deployment.branch.INPUTS`)."""
+        gate = self.gate
+        whole = None if gate.block is None else gate.salience(logits[:, :1])
+        if gate.channel is None:
+            return whole, None, None
+        logits = logits if gate.block is None else logits[:, 1:]
+        channel = gate.salience(logits)
+        return whole, channel, None if gate.fill is None else (1 - channel) * gate.predicted(logits)
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        """For images whose block has the input x (B, ...).
+        """All of it as tensors, for graphs: whether the block runs, (B, 1) bool, None: always; which entries of the
+        codebook but the last would do, (B, entries - 1) bool, None: there is but one; then as `given`."""
+        logits = self.logits(x)
+        opened = logits > 0
+        runs = opened[:, :1] if self.skip else None
+        return runs, None if self.fitting is None else self._fits(opened), *self.given(logits)
 
-        Returns:
-            Whether the block runs, (B, 1) bool, None: always; which entries of the codebook but the last would do,
-            (B, entries - 1) bool, None: there is but one; then saliences and what is left behind, see
-            `gatefit.deployment.branch.INPUTS`.
-        """
-        gate = self.gate
-        logits = self.fc(gate.pool(x))
-        whole = channel = left = fits = runs = None
-        if gate.block is not None:
-            whole = gate.salience(logits[:, :1])
-            runs = logits[:, :1] > 0 if self.skip else None
-        if gate.channel is not None:
-            logits = logits if gate.block is None else logits[:, 1:]
-            channel = gate.salience(logits)
-            left = None if gate.fill is None else (1 - channel) * gate.predicted(logits)
-            if self.fitting is not None:
-                fits = self.fitting((logits > 0).to(x.dtype)) < 0.5
-        return runs, fits, whole, channel, left
+    def _fits(self, opened: Tensor) -> Tensor:
+        assert self.fitting is not None
+        units = opened if self.gate.block is None else opened[:, 1:]
+        fits: Tensor = self.fitting(units.to(self.fitting.weight.dtype)) < 0.5
+        return fits
 
 
 @torch.no_grad()
@@ -77,58 +98,65 @@ class DynamicBlock(nn.Module):
     def __init__(self, gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> None:
         super().__init__()
         self.saliences = Saliences(gate, plan)
-        self.branches = nn.ModuleList(branches_of(gated, gate, place, plan))
+        ways = ways_of(gated, gate, place, plan)
+        self.ways = nn.ModuleList(ways)
+        self.bare = [not reads_saliences(way) for way in ways]
         self.after = nn.ReLU() if place.relu is not None else nn.Identity()
+        """Behind the sum, for images that leave the branch out."""
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """Add the branch of x, (B, ...), to the shortcut, (B, ...)."""
+        """Add the branch of x, (B, ...), to the shortcut, (B, ...), and apply what comes right behind."""
+        logits = self.saliences.logits(x)
+        chosen = self.saliences.chosen(logits)
+        return (
+            self._sorted(chosen, logits, x, shortcut)
+            if len(set(chosen)) > 1
+            else self._run(chosen[0], logits, x, shortcut)
+        )
+
+    def _run(self, index: int, logits: Tensor, x: Tensor, shortcut: Tensor) -> Tensor:
         result: Tensor
-        runs, fits, *given = self.saliences(x)
-        if runs is None and fits is None:
-            result = self.after(shortcut + self.branches[0](x, *given))
-            return result
-        entry = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        if fits is not None:
-            entry = torch.where(fits.any(1), fits.int().argmax(1), len(self.branches) - 1)
-        if runs is not None:
-            entry = torch.where(runs[:, 0], entry, len(self.branches))
-        result = self.after(self._sorted(entry, x, shortcut, given))
+        if index == len(self.ways):
+            result = self.after(shortcut)
+        else:
+            given = (None, None, None) if self.bare[index] else self.saliences.given(logits)
+            result = self.ways[index](x, shortcut, *given)
         return result
 
-    def _sorted(self, entry: Tensor, x: Tensor, shortcut: Tensor, given: list[Tensor | None]) -> Tensor:
-        """Run the samples of each entry together; one read-back for the whole batch."""
-        wanted = entry.tolist()
-        if len(set(wanted)) == 1:
-            index = wanted[0]
-            return shortcut if index == len(self.branches) else shortcut + self.branches[index](x, *given)
-        result = shortcut.clone()
-        order = entry.argsort(stable=True)
-        start = 0
-        for index, branch in enumerate(self.branches):
-            count = wanted.count(index)
-            if count:
-                some = order[start : start + count]
-                parts = [None if t is None else t.index_select(0, some) for t in (x, *given)]
-                result.index_add_(0, some, branch(*parts))
-            start += count
+    def _sorted(self, chosen: list[int], logits: Tensor, x: Tensor, shortcut: Tensor) -> Tensor:
+        """Run the samples of each way together, and put them back in order."""
+        result = torch.empty_like(shortcut)
+        for index in sorted(set(chosen)):
+            some = torch.tensor([i for i, way in enumerate(chosen) if way == index], device=x.device)
+            parts = [t.index_select(0, some) for t in (logits, x, shortcut)]
+            result.index_copy_(0, some, self._run(index, *parts))
         return result
 
 
-def branches_of(gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> list[fx.GraphModule]:
-    """The branch for each entry of the codebook, batch norms folded."""
+def reads_saliences(way: fx.GraphModule) -> bool:
+    """Whether a way needs to be given saliences, or what is left behind."""
+    return any(n.users for n in way.graph.nodes if n.op == "placeholder" and n.target in INPUTS[2:])
+
+
+def ways_of(gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> list[fx.GraphModule]:
+    """The way for each entry of the codebook, batch norms folded."""
     hard = gate.form == "step" and plan.skip  # the block's salience is then 1 where the branch runs
     if plan.codebook is None:
         return [fold_in_place(cut(gated, gate, place, block_mask=not hard))]
-    branches = []
+    ways = []
     for index, entry in enumerate(plan.codebook):
         exact = plan.exact and index < len(plan.codebook) - 1
         keep = None if entry.all() else entry.nonzero()[:, 0]
-        branches.append(fold_in_place(cut(gated, gate, place, keep, not hard, not exact)))
-    return branches
+        ways.append(fold_in_place(cut(gated, gate, place, keep, not hard, not exact)))
+    return ways
 
 
-def assemble(gated: fx.GraphModule, plans: dict[str, tuple[BlockPlan, Place | None]]) -> fx.GraphModule:
-    """The deployed network: a `DynamicBlock` for each block that can be cut out, all else with batch norms folded.
+def assemble(
+    gated: fx.GraphModule,
+    plans: dict[str, tuple[BlockPlan, Place | None]],
+    make_block: Callable[[fx.GraphModule, Gate, Place, BlockPlan], nn.Module] = DynamicBlock,
+) -> fx.GraphModule:
+    """The deployed network: a dynamic block for each that can be cut out, all else with batch norms folded.
 
     Returns:
         (B, C, H, W) -> (B, classes), in eval mode; its weights are copies.
@@ -156,7 +184,7 @@ def assemble(gated: fx.GraphModule, plans: dict[str, tuple[BlockPlan, Place | No
             continue
         gate, plan, place = places[node]
         name = plan.name.replace(".", "_")
-        holder.add_module(name, DynamicBlock(gated, gate, place, plan))
+        holder.add_module(name, make_block(gated, gate, place, plan))
         given = (copied[place.entry], copied[place.shortcut])
         copied[node] = graph.call_module(f"{HOLDER}.{name}", given)
     deployed = fx.GraphModule(root, graph, class_name="Deployed")

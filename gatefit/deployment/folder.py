@@ -11,9 +11,10 @@ from torch import fx
 from gatefit.convert import Opened
 from gatefit.data import some_images
 from gatefit.deployment import Backend, deploy
-from gatefit.deployment.branch import Place, place_of
+from gatefit.deployment.branch import Place, place_or_none
 from gatefit.deployment.dynamic import assemble
-from gatefit.deployment.engines import OnnxNetwork, need_onnx
+from gatefit.deployment.engines import OnnxNetwork, masked_onnx, need_onnx, packed
+from gatefit.deployment.gathered import gathered_network
 from gatefit.deployment.plan import BlockPlan
 from gatefit.errors import CheckpointError, DeployError
 from gatefit.files import read_json, write_atomically, write_json
@@ -47,7 +48,11 @@ def this_machine() -> Machine:
 
 
 def write_deployment(
-    folder: Path, plans: tuple[BlockPlan, ...], model: bytes | None = None, onnx: Path | None = None
+    folder: Path,
+    plans: tuple[BlockPlan, ...],
+    gathered: bool = False,
+    model: bytes | None = None,
+    onnx: Path | None = None,
 ) -> None:
     """Write `deployment.json` into the folder of the gated network, and an ONNX file.
 
@@ -71,6 +76,7 @@ def write_deployment(
         "format": FORMAT,
         "backend": "torch" if model is None else "onnx",
         "file": None if onnx is None else str(onnx.absolute()),
+        "gathered": gathered,
         "machine": {"processor": machine.processor, "threads": machine.threads, "torch": machine.torch},
         "blocks": blocks,
     }
@@ -104,13 +110,11 @@ def load_deployed(folder: str | Path) -> fx.GraphModule | OnnxNetwork:
                 block["exact"],
                 block["reason"],
             )
-            try:
-                plans[plan.name] = (plan, place_of(gated, gate))
-            except DeployError:
-                plans[plan.name] = (plan, None)
-        deployed = assemble(gated, plans)
-        deployed.meta["plans"] = tuple(plan for plan, _ in plans.values())
-        return deployed.to(memory_format=torch.channels_last)
+            plans[plan.name] = (plan, place_or_none(gated, gate))
+        gathered = bool(content["gathered"])
+        deployed = gathered_network(gated, plans) if gathered else packed(assemble(gated, plans))
+        deployed.meta |= {"plans": tuple(plan for plan, _ in plans.values()), "gathered": gathered}
+        return deployed
     except (KeyError, TypeError, IndexError, OSError) as error:
         raise CheckpointError(
             f"{folder / FILE} is damaged or does not fit its network: {error}; deploy anew"
@@ -129,13 +133,19 @@ def _codebook(entries: list[list[int]] | None, units: int) -> Any:
 def deploy_folder(
     folder: Path, opened: Opened, backend: Backend, masks: int, harvest: bool, out: Path | None
 ) -> tuple[BlockPlan, ...]:
-    """Deploy what `convert` wrote, and write the deployment beside it; returns what was made of each block."""
+    """Deploy what `convert` wrote, and write the deployment beside it; returns what was made of each block.
+
+    Beside the ONNX file stands one that ends in "-masked", see `gatefit.deployment.engines.masked_onnx`.
+    """
     if out is not None and backend != "onnx":
         raise DeployError("--out names the ONNX file; it needs --backend onnx")
     images = some_images(opened.data.train, opened.gated.meta["input"], CALIBRATION)
     deployed = deploy(opened.gated, images, backend, masks, harvest=harvest)
     if isinstance(deployed, OnnxNetwork):
-        write_deployment(folder, deployed.plans, deployed.model, out or folder / "model.onnx")
+        file = out or folder / "model.onnx"
+        masked = masked_onnx(opened.gated, images[:1])
+        write_atomically(file.with_stem(f"{file.stem}-masked"), lambda temporary: temporary.write_bytes(masked))
+        write_deployment(folder, deployed.plans, False, deployed.model, file)
         return deployed.plans
-    write_deployment(folder, deployed.meta["plans"])
+    write_deployment(folder, deployed.meta["plans"], deployed.meta["gathered"])
     return tuple(deployed.meta["plans"])

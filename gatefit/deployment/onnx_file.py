@@ -116,7 +116,7 @@ class _Choice:
         passed = {k: v for k, v in given.items() if k in _KINDS[2:] and v is not None}
         self.name = name
         self.runs = f"{name}/runs" if given["runs"] is not None else ""
-        count = len(block.branches)
+        count = len(block.ways)
         self.fits = [f"{name}/fits{i}" for i in range(count - 1)]
         outputs = [self.runs] if self.runs else []
         self.gates = _Part(_Gates(block), [x], [sources[0]], [*outputs, *(f"{name}/{k}" for k in passed), *self.fits])
@@ -176,11 +176,11 @@ class _Gates(nn.Module):
 class _Way(nn.Module):
     def __init__(self, block: DynamicBlock, index: int, passed: list[str]) -> None:
         super().__init__()
-        self.branch, self.after, self.passed = block.branches[index], block.after, passed
+        self.way, self.passed = block.ways[index], passed
 
     def forward(self, x: Tensor, shortcut: Tensor, *passed: Tensor) -> tuple[Tensor]:
         given = dict(zip(self.passed, passed, strict=True))
-        return (self.after(shortcut + self.branch(x, *(given.get(k) for k in _KINDS[2:]))),)
+        return (self.way(x, shortcut, *(given.get(k) for k in _KINDS[2:])),)
 
 
 class _Skipped(nn.Module):

@@ -15,7 +15,7 @@ from gatefit.errors import DeployError
 from gatefit.models import build, input_spec, parse_reference
 from gatefit.surgery import retrofit
 
-IMAGES = 128
+IMAGES = 64
 """Of which masks are chosen, and that are timed."""
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,7 +70,7 @@ def tune(
             result[name] = (plan, None, ())
             continue
         some = [(form, run) for (n, form), run in zip(flat, runs, strict=True) if n == name]
-        taken = _time([run for _, run in some], inputs[name])
+        taken = milliseconds([run for _, run in some], inputs[name])
         trials = tuple(Trial(form, t) for (form, _), t in zip(some, taken, strict=True))
         result[name] = (min(trials, key=lambda t: t.milliseconds).plan, place, trials)
     return result
@@ -87,8 +87,9 @@ def _inputs(gated: fx.GraphModule, places: dict[str, Place], images: Tensor) -> 
     return found
 
 
-def _time(runs: list[Callable[[Tensor, Tensor], object]], inputs: list[tuple[Tensor, Tensor]]) -> list[float]:
-    """Milliseconds of each run, interleaved."""
+@torch.no_grad()
+def milliseconds(runs: Sequence[Callable[..., object]], inputs: Sequence[tuple[Tensor, ...]]) -> list[float]:
+    """How long each run takes: mean over inputs of the median over rounds, interleaved."""
     for run in runs:
         run(*inputs[0])
     taken: list[list[list[float]]] = [[[] for _ in inputs] for _ in runs]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.deployment.plan import share_of
+from gatefit.cost import costs_of, macs_per_image, opens_of
 from gatefit.gates import Gate, gates_of
 
 ALIVE = 0.5
@@ -27,29 +27,38 @@ def set_share(gated: fx.GraphModule, images: Tensor, share: float, masks: int = 
     Returns:
         The share that was reached.
     """
+    costs = costs_of(gated, tuple(images.shape[1:]))
+
+    def reached(closed: float) -> float:
+        _close(gated, images, closed, masks, seed)
+        return float(macs_per_image(costs, opens_of(gated)).mean()) / costs.dense
+
     low, high = 0.0, 1.0
     for _ in range(ROUNDS):
         closed = (low + high) / 2
-        _close(gated, images, closed, masks, seed)
-        low, high = (closed, high) if share_of(gated, [images]) > share else (low, closed)
-    _close(gated, images, high, masks, seed)
-    return share_of(gated, [images])
+        low, high = (closed, high) if reached(closed) > share else (low, closed)
+    return reached(high)
 
 
 def _close(gated: fx.GraphModule, images: Tensor, closed: float, masks: int, seed: int) -> None:
-    """Block by block in order of execution, as each sees what the ones before it left."""
+    """Set each gate right before it runs, so that it sees what the ones before it left, and run the images."""
     generator = torch.Generator().manual_seed(seed)
-    for gate in gates_of(gated).values():
-        pooled: list[Tensor] = []
-        hook = gate.register_forward_pre_hook(lambda g, args, into=pooled: into.append(g.pool(args[0])))
-        gated(images)
-        hook.remove()
+
+    def set_gate(gate: Gate, args: tuple[Tensor, ...]) -> None:
+        pooled = gate.pool(args[0])
         if gate.block is not None:
-            value, weight = _direction(pooled[0], generator)
+            value, weight = _direction(pooled, generator)
             _set(gate.block, weight[None], -value.quantile(closed)[None])
         if gate.channel is not None:
-            value, weight = _direction(pooled[0], generator)
+            value, weight = _direction(pooled, generator)
             _set_channels(gate, value, weight, closed, masks, generator)
+
+    hooks = [gate.register_forward_pre_hook(set_gate) for gate in gates_of(gated).values()]
+    try:
+        gated(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _direction(pooled: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

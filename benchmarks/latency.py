@@ -1,0 +1,94 @@
+"""Time networks whose gates close half of their MACs beside the fastest forms of the originals; no training.
+
+    python benchmarks/latency.py                                  # all: writes docs/speed.md and docs/speed.json
+    python benchmarks/latency.py resnet18 --threads 1 --out s.md  # those with "resnet18" in their name
+
+Nothing else should run meanwhile. Each network and number of threads has a process of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gatefit.deployment.folder import this_machine
+from gatefit.files import write_atomically, write_json
+
+ROOT = Path(__file__).parent.parent
+SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and the batch sizes that it is timed at."""
+
+    network: str
+    batches: tuple[int, ...]
+    rounds: int
+
+
+CASES = (
+    Case("examples/cifar_resnet.py:resnet18", (1, 32), 60),
+    Case("timm/resnet50", (1, 8), 20),
+    Case("timm/mobilenetv2_100", (1, 32), 30),
+)
+
+
+def main() -> None:
+    """Run, write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pattern", nargs="?", default="")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "speed.md")
+    options = parser.parse_args()
+    rows = []
+    for case in CASES:
+        if options.pattern in case.network:
+            for threads in options.threads:
+                rows += [{"network": case.network} | row for row in run(case, threads)]
+    content = {"machine": asdict(this_machine()), "what_if": SHARE, "rows": rows}
+    write_json(options.out.with_suffix(".json"), content)
+    write_atomically(options.out, lambda file: file.write_text(report(content)))
+    Console().print(f"written: {options.out}", markup=False)
+
+
+def run(case: Case, threads: int) -> list[dict[str, object]]:
+    """The rows of `gatefit bench`."""
+    sizes = ",".join(map(str, case.batches))
+    command = [sys.executable, "-m", "gatefit", "bench", case.network, "--what-if", str(SHARE), "--batch", sizes]
+    command += ["--threads", str(threads), "--rounds", str(case.rounds), "--json"]
+    Console(stderr=True).print(f"{case.network}, {threads} threads", markup=False)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    rows: list[dict[str, object]] = json.loads(done.stdout)["rows"]
+    return rows
+
+
+def report(content: dict[str, Any]) -> str:
+    """docs/speed.md."""
+    machine = content["machine"]
+    head = (
+        "# Speed\n\nWritten by `python benchmarks/latency.py`. Gates without training close "
+        f"{1 - content['what_if']:.0%} of the MACs (`gatefit bench MODEL --what-if {content['what_if']}`); inputs are "
+        "random. Each dynamic engine stands beside the fastest form of the original in the same run; times are medians "
+        "of interleaved rounds. Realised is (1 - time share) / (1 - MACs share): 1 where all that is saved shows, "
+        "negative where the dynamic network is slower.\n\n"
+        f"Machine: {machine['processor']}, PyTorch {machine['torch']}, fp32.\n\n"
+        "| network | threads | batch | original, fastest | ms | gated, in | ms | MACs share | time share | realised "
+        "| largest difference |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    )
+    lines = [
+        f"| {r['network'].split('/')[-1].split(':')[-1]} | {r['threads']} | {r['batch']} | {r['dense_engine']} "
+        f"| {r['dense_ms']:.2f} | {r['engine']} | {r['dynamic_ms']:.2f} | {r['macs_share']:.3f} "
+        f"| {r['time_share']:.3f} | {r['realised']:.2f} | {r['max_abs_diff']:.0e} |"
+        for r in content["rows"]
+    ]
+    return head + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

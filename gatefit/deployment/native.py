@@ -1,0 +1,59 @@
+"""The compiled kernel of `gathered.cpp`: built once with the machine's C++ compiler, kept in the cache."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("gathered.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
+POINTERS, NUMBERS = 7, 10
+
+Kernel = Callable[..., None]
+
+
+@functools.cache
+def kernel() -> Kernel | None:
+    """`gathered_conv` of `gathered.cpp`, or None on a machine that cannot build it."""
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or platform.machine() != "x86_64":
+        return None
+    text = "\0".join((SOURCE.read_text(), compiler, *FLAGS, _processor(), torch.__version__))
+    folder = Path(torch.hub.get_dir()).parent / "gatefit" / "native"
+    file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    try:
+        if not file.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            _build(compiler, file)
+        function: Kernel = ctypes.CDLL(str(file)).gathered_conv
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    function.argtypes = [ctypes.c_void_p] * POINTERS + [ctypes.c_int64] * NUMBERS  # type: ignore[attr-defined]
+    function.restype = None  # type: ignore[attr-defined]
+    return function
+
+
+def _build(compiler: str, file: Path) -> None:
+    """Linked without OpenMP: its calls then go to the library that PyTorch has loaded, whose threads are awake."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as place:
+        compiled, linked = Path(place) / "gathered.o", Path(place) / "gathered.so"
+        for command in (
+            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked)],
+        ):
+            subprocess.run(command, check=True, capture_output=True)
+        linked.replace(file)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((x for x in lines if x.startswith("flags")), platform.processor())
