@@ -6,16 +6,20 @@ import pytest
 import timm
 import torch
 from networks import CASES, GATABLE, images, make
+from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import gatefit
 from gatefit.cost import opens_of
+from gatefit.deployment.branch import place_of
+from gatefit.deployment.chain import ChainBlock
 from gatefit.deployment.codebook import assign, choose_codebook, expected_units, most_frequent
 from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.engines import OnnxNetwork, masked_onnx, packed
 from gatefit.deployment.folder import load_deployed, write_deployment
-from gatefit.deployment.gathered import GatheredBlock, GatheredConv, gathered_network
-from gatefit.deployment.native import kernel
+from gatefit.deployment.gathered import GatheredBlock, GatheredConv
+from gatefit.deployment.native import kernels
+from gatefit.deployment.native_network import gathered_network
 from gatefit.deployment.plan import BlockPlan, observe, plan_block
 from gatefit.deployment.prepack import PackedConv
 from gatefit.deployment.tune import forms_of
@@ -118,7 +122,7 @@ def macs(network):
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.skipif(kernel() is None, reason="no C++ compiler")
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
     "shape", [(6, 16, 24, 3), (5, 9, 11, 3), (7, 4, 4, 3), (13, 5, 8, 1), (8, 14, 14, 1), (6, 7, 7, 5)]
 )
@@ -142,7 +146,21 @@ def test_a_gathered_convolution(shape, stride):
         assert same(none, conv.bias[rows, None, None].relu().expand_as(none))
 
 
-@pytest.mark.skipif(kernel() is None, reason="no C++ compiler")
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_gathered_depthwise_convolution(size, stride):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(12, 12, size, stride, size // 2, groups=12)
+    rows, x = torch.tensor([1, 2, 5, 11]), torch.randn(2, 12, 9, 21)
+    with torch.no_grad():
+        whole = conv(x).clamp(0, 6)
+        assert same(GatheredConv(conv, "hardtanh")(x), whole)
+        assert same(GatheredConv(conv, "hardtanh")(x[:, rows], None, rows), whole[:, rows])
+        assert same(GatheredConv(conv, "swish")(x), torch.nn.functional.silu(conv(x)))
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("fill", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", GATABLE)
@@ -154,18 +172,34 @@ def test_gathered_networks_are_exact(name, form, fill):
     others = images(9, seed=5)
     with torch.no_grad():
         assert same(deployed(others), gated(others))
-    if name in ("basic", "bottleneck"):
-        blocks = [m for m in deployed.modules() if isinstance(m, GatheredBlock)]
-        assert len(blocks) == len(gates_of(gated))
-        seen = []
-        next(m for m in blocks[0].way.modules() if isinstance(m, GatheredConv)).register_forward_hook(
-            lambda m, args, out: seen.append(out.shape[1])
-        )
+    if name in ("basic", "bottleneck", "inverted"):
+        kind = ChainBlock if form == "step" and name != "inverted" else GatheredBlock  # its activation is SiLU
+        assert sum(isinstance(m, kind) for m in deployed.modules()) == len(gates_of(gated))
         with torch.no_grad():
-            deployed(others)
-            gated(others)
-        opened = opens_of(gated)[blocks[0].saliences.gate.of.name]
-        assert seen == opened.channel.sum(1)[opened.block].tolist()
+            assert same(copy.deepcopy(deployed)(others), gated(others))
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "inverted"])
+def test_gathered_blocks_run_what_is_open(name):
+    gated = gated_network(name)
+    gate = next(iter(gates_of(gated).values()))
+    torch.nn.init.zeros_(gate.block.weight)
+    torch.nn.init.ones_(gate.block.bias)
+    place = place_of(gated, gate)
+    block = GatheredBlock(gated, gate, place, BlockPlan(gate.of.name, True, None))
+    ran = []
+    for conv in block.way.modules():
+        if isinstance(conv, GatheredConv):
+            conv.register_forward_hook(lambda m, args, out, into=ran: into.append((args[0].shape[1], out.shape[1])))
+    interpreter = fx.Interpreter(gated, garbage_collect_values=False)
+    with torch.no_grad():
+        interpreter.run(images(9))
+        block(interpreter.env[place.entry], interpreter.env[place.shortcut])
+    opened = opens_of(gated)[gate.of.name]
+    counts = opened.channel.sum(1)[opened.block].tolist()
+    convs = len(ran) // len(counts)
+    assert [out for _, out in ran[::convs]] == counts and [given for given, _ in ran[1::convs]] == counts
 
 
 def test_a_codebook_covers_every_image():

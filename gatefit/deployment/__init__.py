@@ -8,8 +8,8 @@ from torch import Tensor, fx
 
 from gatefit.deployment.dynamic import assemble
 from gatefit.deployment.engines import OnnxNetwork, need_onnx, onnx_blocks, onnx_network, packed, torch_blocks
-from gatefit.deployment.gathered import gathered_network
-from gatefit.deployment.native import kernel
+from gatefit.deployment.native import kernels
+from gatefit.deployment.native_network import gathered_network
 from gatefit.deployment.plan import observe, plan_block
 from gatefit.deployment.tune import milliseconds, tune
 from gatefit.errors import DeployError
@@ -74,7 +74,7 @@ def deploy(
         gated.train(training)
         return onnx_network(deployed, images[0][:1])
     chosen, gathered = packed(deployed), False
-    if tuned and next(gated.parameters()).device.type == "cpu" and kernel() is not None:
+    if tuned and next(gated.parameters()).device.type == "cpu" and kernels() is not None:
         other = gathered_network(gated, plans)
         each = [(image,) for image in torch.cat(images)[:TUNING_IMAGES].split(1)]
         first, second = milliseconds([chosen, other], each)

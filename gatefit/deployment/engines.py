@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from gatefit.deployment.branch import place_or_none
 from gatefit.deployment.dynamic import DynamicBlock, assemble
 from gatefit.deployment.gathered import with_gathered_convs
-from gatefit.deployment.native import kernel
+from gatefit.deployment.native import kernels
 from gatefit.deployment.plan import BlockPlan
 from gatefit.deployment.prepack import prepack
 from gatefit.errors import DeployError
@@ -124,7 +124,7 @@ def dense_engines(original: nn.Module, images: Tensor) -> dict[str, Run]:
         "torch, packed": packed(copy.deepcopy(folded)),
         "inductor": _compiled(folded),
     }
-    if kernel() is not None:
+    if kernels() is not None:
         engines["torch, gathered"] = with_gathered_convs(copy.deepcopy(folded))
     if has_onnx():
         program = torch.onnx.export(folded, (images,), dynamo=True, verbose=False)

@@ -14,7 +14,7 @@ from gatefit.deployment import Backend, deploy
 from gatefit.deployment.branch import Place, place_or_none
 from gatefit.deployment.dynamic import assemble
 from gatefit.deployment.engines import OnnxNetwork, masked_onnx, need_onnx, packed
-from gatefit.deployment.gathered import gathered_network
+from gatefit.deployment.native_network import gathered_network
 from gatefit.deployment.plan import BlockPlan
 from gatefit.errors import CheckpointError, DeployError
 from gatefit.files import read_json, write_atomically, write_json

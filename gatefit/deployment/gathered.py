@@ -4,6 +4,7 @@ No codebook stands between a mask and its cost, so gates that give each image a 
 Images are run one by one, laid out (C, H, W).
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.branch import Place, cut
-from gatefit.deployment.dynamic import DynamicBlock, Saliences, assemble, reads_saliences
-from gatefit.deployment.native import kernel
+from gatefit.deployment.dynamic import Saliences, reads_saliences
+from gatefit.deployment.native import Kernels, kernels
 from gatefit.deployment.plan import BlockPlan
 from gatefit.deployment.prepack import PLAIN, replace_convs
 from gatefit.errors import DeployError
@@ -23,62 +24,77 @@ OPEN = "open"
 """What a gathered way is given besides `gatefit.deployment.branch.INPUTS`: the open units, (n,) int64."""
 
 
+_BOUNDS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "hardtanh": (0.0, 6.0)}
+"""Activations that the kernels know."""
+
+
 class GatheredConv(nn.Module):
     """A convolution of single images by some rows and columns of its weight, what is added to it, its activation.
 
     Args:
-        conv: not grouped, not dilated, square, padded with zeros.
+        conv: not grouped or depthwise; not dilated, square, padded with zeros.
         activation: a key of `gatefit.deployment.prepack.PLAIN`.
     """
+
+    every_row: Tensor
+    every_column: Tensor
 
     def __init__(self, conv: nn.Conv2d, activation: str = "none") -> None:
         super().__init__()
         self.weight = nn.Parameter(conv.weight.detach().contiguous(), requires_grad=False)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), requires_grad=False)
         self.stride, self.padding = int(conv.stride[0]), int(conv.padding[0])
-        self.relu = activation == "relu"
-        self.after = nn.Identity() if self.relu else PLAIN[activation]()
+        self.depthwise = conv.groups > 1
+        self.bounds = _BOUNDS.get(activation, _BOUNDS["none"])
+        self.after = nn.Identity() if activation in _BOUNDS else PLAIN[activation]()
         self.register_buffer("every_row", torch.arange(conv.out_channels), persistent=False)
         self.register_buffer("every_column", torch.arange(conv.in_channels), persistent=False)
-
-    every_row: Tensor
-    every_column: Tensor
 
     def forward(
         self, x: Tensor, added: Tensor | None = None, rows: Tensor | None = None, columns: Tensor | None = None
     ) -> Tensor:
         """activation(conv(x) + added), for x (B, C, H, W) float32 that holds the `columns` alone; of the `rows`."""
-        run = kernel()
-        if run is None:
-            raise DeployError("this deployment needs a C++ compiler (g++ or clang++); deploy anew on this machine")
+        run = need_kernels(x)
         rows = self.every_row if rows is None else rows
         columns = self.every_column if columns is None else columns
         size = self.weight.shape[2]
         height, width = ((s + 2 * self.padding - size) // self.stride + 1 for s in x.shape[2:])
         x = x.contiguous()
-        added = None if added is None else added.contiguous()
         result = x.new_empty(len(x), len(rows), height, width)
-        sizes = (*x.shape[1:], len(rows), self.weight.shape[1], size, self.stride, self.padding, int(self.relu))
-        for i in range(len(x)):
-            run(
-                x.data_ptr() + 4 * i * x[0].numel(),
-                self.weight.data_ptr(),
-                None if self.bias is None else self.bias.data_ptr(),
-                rows.data_ptr(),
-                columns.data_ptr(),
-                None if added is None else added.data_ptr() + 4 * i * result[0].numel(),
-                result.data_ptr() + 4 * i * result[0].numel(),
-                *sizes,
-                torch.get_num_threads(),
-            )
+        sizes = (size, self.stride, self.padding)
+        if self.depthwise:
+            bounds = self.bounds if added is None else _BOUNDS["none"]
+            places = _pointers(x, self.weight, self.bias, rows, result)
+            run.depthwise(*places, *x.shape, *sizes, *bounds, torch.get_num_threads())
+            result = result if added is None else (result + added).clamp(*self.bounds)
+        else:
+            added = None if added is None else added.contiguous()
+            places = _pointers(x, self.weight, self.bias, rows, columns, added, result)
+            counts = (len(rows), self.weight.shape[1])
+            run.conv(*places, *x.shape, *counts, *sizes, *self.bounds, torch.get_num_threads())
         done: Tensor = self.after(result)
         return done
 
 
+def need_kernels(x: Tensor) -> Kernels:
+    """The kernels; DeployError where there are none, or for what they cannot run."""
+    run = kernels()
+    if run is None:
+        raise DeployError("this deployment needs a C++ compiler (g++ or clang++); deploy anew on this machine")
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise DeployError(f"this deployment takes float32 on the CPU, not {x.dtype} on {x.device}; deploy anew there")
+    return run
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if t is None else t.data_ptr() for t in tensors]
+
+
 def _gathered(conv: nn.Conv2d, activation: str) -> GatheredConv | None:
     square = all(len(set(s)) == 1 for s in (conv.kernel_size, conv.stride, conv.padding))
-    plain = conv.groups == 1 and set(conv.dilation) == {1} and conv.weight.dtype == torch.float32
-    return GatheredConv(conv, activation) if square and plain else None
+    plain = set(conv.dilation) == {1} and conv.weight.dtype == torch.float32
+    each = conv.groups == conv.in_channels == conv.out_channels
+    return GatheredConv(conv, activation) if square and plain and (conv.groups == 1 or each) else None
 
 
 def with_gathered_convs(network: fx.GraphModule) -> fx.GraphModule:
@@ -96,7 +112,7 @@ class GatheredBlock(nn.Module):
     def __init__(self, gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> None:
         super().__init__()
         self.saliences = Saliences(gate, replace(plan, skip=True, codebook=None))
-        self.way = _gathered_way(gated, gate, place)
+        self.way = gathered_way(gated, gate, place)
         self.bare = not reads_saliences(self.way)
         self.after = nn.ReLU() if place.relu is not None else nn.Identity()
 
@@ -118,19 +134,7 @@ class GatheredBlock(nn.Module):
         return results[0] if len(results) == 1 else torch.cat(results)
 
 
-def gathered_network(gated: fx.GraphModule, plans: dict[str, tuple[BlockPlan, Place | None]]) -> fx.GraphModule:
-    """The deployed network with a `GatheredBlock` for each block that can be one, the others as `plans` says."""
-
-    def block(network: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> nn.Module:
-        try:
-            return GatheredBlock(network, gate, place, plan)
-        except DeployError:
-            return DynamicBlock(network, gate, place, plan)
-
-    return with_gathered_convs(assemble(gated, plans, block))
-
-
-def _gathered_way(gated: fx.GraphModule, gate: Gate, place: Place) -> fx.GraphModule:
+def gathered_way(gated: fx.GraphModule, gate: Gate, place: Place) -> fx.GraphModule:
     """The block with all its units, of which it runs those it is told."""
     hard = gate.form == "step"
     way = fold_in_place(cut(gated, gate, place, None, not hard, not hard))

@@ -1,4 +1,4 @@
-"""The compiled kernel of `gathered.cpp`: built once with the machine's C++ compiler, kept in the cache."""
+"""The compiled kernels of `gathered.cpp`: built once with the machine's C++ compiler, kept in the cache."""
 
 import ctypes
 import functools
@@ -9,20 +9,29 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 SOURCE = Path(__file__).with_name("gathered.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
-POINTERS, NUMBERS = 7, 10
+_POINTER, _NUMBER, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
-Kernel = Callable[..., None]
+
+@dataclass(frozen=True)
+class Kernels:
+    """Functions of `gathered.cpp`, with its arguments."""
+
+    conv: Callable[..., None]
+    depthwise: Callable[..., None]
+    block: Callable[..., None]
 
 
 @functools.cache
-def kernel() -> Kernel | None:
-    """`gathered_conv` of `gathered.cpp`, or None on a machine that cannot build it."""
+def kernels() -> Kernels | None:
+    """The kernels, or None on a machine that cannot build them."""
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or platform.machine() != "x86_64":
         return None
@@ -33,12 +42,17 @@ def kernel() -> Kernel | None:
         if not file.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             _build(compiler, file)
-        function: Kernel = ctypes.CDLL(str(file)).gathered_conv
+        library = ctypes.CDLL(str(file))
     except (OSError, subprocess.CalledProcessError):
         return None
-    function.argtypes = [ctypes.c_void_p] * POINTERS + [ctypes.c_int64] * NUMBERS  # type: ignore[attr-defined]
-    function.restype = None  # type: ignore[attr-defined]
-    return function
+    ends: list[Any] = [_REAL, _REAL, _NUMBER]
+    library.gathered_conv.argtypes = [_POINTER] * 7 + [_NUMBER] * 9 + ends
+    library.gathered_depthwise.argtypes = [_POINTER] * 5 + [_NUMBER] * 7 + ends
+    library.gathered_block.argtypes = [_POINTER] * 4 + [_NUMBER] * 5
+    found = (library.gathered_conv, library.gathered_depthwise, library.gathered_block)
+    for function in found:
+        function.restype = None
+    return Kernels(*found)
 
 
 def _build(compiler: str, file: Path) -> None:

@@ -23,6 +23,8 @@ _NAMES: dict[Any, str] = {kind: name for name, kind in PLAIN.items() if name != 
     torch.relu: "relu",
     "relu": "relu",
     F.relu6: "hardtanh",
+    F.silu: "swish",
+    F.hardswish: "hardswish",
 }
 
 
@@ -100,7 +102,7 @@ def replace_convs(network: fx.GraphModule, make: Callable[[nn.Conv2d, str], nn.M
             if len(others) == 1 and others[0].op == "placeholder" and others[0].target == SHORTCUT:
                 last, added = user, others[0]
         activation = "none"
-        if (user := _only_user(last)) is not None and (name := _activation(network, user)) is not None:
+        if (user := _only_user(last)) is not None and (name := activation_of(network, user)) is not None:
             last, activation = user, name
         made = make(conv, activation)
         if made is None:
@@ -120,6 +122,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _activation(network: fx.GraphModule, node: fx.Node) -> str | None:
+def activation_of(network: fx.GraphModule, node: fx.Node) -> str | None:
+    """The key of `PLAIN` for an activation, None for another node."""
     module = module_of(network, node)
     return _NAMES.get(node.target if module is None else type(module))

@@ -48,7 +48,7 @@ def _close(gated: fx.GraphModule, images: Tensor, closed: float, masks: int, see
         pooled = gate.pool(args[0])
         if gate.block is not None:
             value, weight = _direction(pooled, generator)
-            _set(gate.block, weight[None], -value.quantile(closed)[None])
+            _set(gate.block, weight[None], -_between(value, closed)[None])
         if gate.channel is not None:
             value, weight = _direction(pooled, generator)
             _set_channels(gate, value, weight, closed, masks, generator)
@@ -68,6 +68,13 @@ def _direction(pooled: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
     return pooled @ weight, weight
 
 
+def _between(values: Tensor, share: float) -> Tensor:
+    """A threshold above about `share` of the values, in the middle between two: rounding moves none across."""
+    ordered = values.sort().values
+    place = min(max(1, round(share * len(values))), len(values) - 1)
+    return ordered[place - 1 : place + 1].mean()
+
+
 def _set_channels(
     gate: Gate, value: Tensor, weight: Tensor, closed: float, masks: int, generator: torch.Generator
 ) -> None:
@@ -81,7 +88,7 @@ def _set_channels(
     rows, biases = torch.zeros(units, len(weight)), torch.full((units,), -1.0)
     biases[always] = 1.0
     kinds = max(2, masks - 1)  # with the mask of all channels, as many as a codebook holds
-    thresholds = value.quantile(torch.arange(1, kinds) / kinds)
+    thresholds = torch.stack([_between(value, i / kinds) for i in range(1, kinds)])
     for i, unit in enumerate(some.tolist()):
         sign = 1 - 2 * (i % 2)
         rows[unit], biases[unit] = sign * weight, -sign * thresholds[i // 2 % len(thresholds)]

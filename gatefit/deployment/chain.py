@@ -1,0 +1,167 @@
+"""A block in one call: gates, the choice of units and a branch that is a chain of convolutions, all compiled."""
+
+import ctypes
+import math
+import operator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gatefit.deployment.branch import SHORTCUT, Place
+from gatefit.deployment.dynamic import Saliences
+from gatefit.deployment.gathered import OPEN, GatheredConv, gathered_way, need_kernels
+from gatefit.deployment.plan import BlockPlan
+from gatefit.deployment.prepack import activation_of
+from gatefit.errors import DeployError
+from gatefit.gates import Gate, add_fill
+from gatefit.graph import module_of
+
+_POINTER, _NUMBER, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Step(ctypes.Structure):
+    """`Step` of gathered.cpp."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("weight", "bias")),
+        *((name, _NUMBER) for name in ("rows", "columns", "kernel", "stride", "padding", "depthwise")),
+        *((name, _NUMBER) for name in ("open_rows", "open_columns", "filled")),
+        *((name, _REAL) for name in ("lowest", "highest")),
+    )
+
+
+class _Block(ctypes.Structure):
+    """`Block` of gathered.cpp."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("gate_weight", "gate_bias", "fill", "lowered")),
+        *((name, _NUMBER) for name in ("features", "has_block", "units", "steps")),
+        ("step", ctypes.POINTER(_Step)),
+        *((name, _REAL) for name in ("lowest", "highest")),
+    )
+
+
+@dataclass
+class Link:
+    """A convolution of the chain, and what is done with its result."""
+
+    conv: GatheredConv
+    open_rows: bool
+    open_columns: bool
+    filled: bool = False
+    bounds: tuple[float, float] = field(default=(-math.inf, math.inf))
+
+
+class ChainBlock(nn.Module):
+    """A block with step gates whose branch is a chain of convolutions: (input, shortcut) -> shortcut + branch.
+
+    Raises:
+        DeployError: it is no such block.
+    """
+
+    def __init__(self, gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> None:
+        super().__init__()
+        if gate.form != "step":
+            raise DeployError("its gates are not steps")
+        self.saliences = Saliences(gate, replace(plan, skip=True, codebook=None))
+        way = gathered_way(gated, gate, place)
+        self.links = _chain(way)
+        self.convs = nn.ModuleList(link.conv for link in self.links)
+        self.fill = None if gate.fill is None else way.get_submodule("fill")
+        self.bounds = (0.0 if place.relu is not None else -math.inf, math.inf)
+        self._told: tuple[Any, ...] | None = None
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """Add the branch of x, (B, C, H, W) float32, to the shortcut, and apply what comes right behind."""
+        run = need_kernels(x).block
+        if self._told is None:
+            self._told = self._tell()
+        x, shortcut = x.contiguous(), shortcut.contiguous()
+        result = torch.empty_like(shortcut)
+        places = (x.data_ptr(), shortcut.data_ptr(), result.data_ptr())
+        total = shortcut.numel() // max(1, len(x))
+        run(self._told[0], *places, len(x), *x.shape[2:], total, torch.get_num_threads())
+        return result
+
+    def _tell(self) -> tuple[Any, ...]:
+        """The block in the kernel's words, and all that it points to."""
+        gate, fc = self.saliences.gate, self.saliences.fc
+        steps = (_Step * len(self.links))(
+            *(
+                _Step(
+                    link.conv.weight.data_ptr(),
+                    None if link.conv.bias is None else link.conv.bias.data_ptr(),
+                    *link.conv.weight.shape[:2],
+                    link.conv.weight.shape[2],
+                    link.conv.stride,
+                    link.conv.padding,
+                    *(int(b) for b in (link.conv.depthwise, link.open_rows, link.open_columns, link.filled)),
+                    *link.bounds,
+                )
+                for link in self.links
+            )
+        )
+        block = _Block(
+            fc.weight.data_ptr(),
+            fc.bias.data_ptr(),
+            None if self.fill is None else self.fill.get_parameter("weight").data_ptr(),
+            None if self.fill is None else gate.lowered.data_ptr(),
+            fc.in_features,
+            int(self.saliences.skip),
+            fc.out_features - int(gate.block is not None),
+            len(self.links),
+            steps,
+            *self.bounds,
+        )
+        return ctypes.byref(block), block, steps
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ChainBlock":
+        self._told = None  # the weights may lie elsewhere now
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Addresses hold for these weights alone.
+        return {**self.__dict__, "_told": None}
+
+
+def _chain(way: fx.GraphModule) -> list[Link]:
+    """The convolutions of a gathered way in order, if it is nothing else.
+
+    Raises:
+        DeployError: it is something else.
+    """
+    names = {n.target: n for n in way.graph.nodes if n.op == "placeholder"}
+    now, opened = names["entry"], names[OPEN]
+    filled = {n for n in way.graph.nodes if n.op == "call_module" and n.target == "fill"}
+    links: list[Link] = []
+    added = False
+    for node in way.graph.nodes:
+        module = module_of(way, node)
+        if node.op == "placeholder" or node in filled:
+            continue
+        if node.op == "output" and node.args[0] is now and added and not links[-1].conv.depthwise:
+            return links
+        if added and activation_of(way, node) != "relu":
+            break
+        others = [n for n in node.all_input_nodes if n is not now and n is not opened]
+        if isinstance(module, GatheredConv) and node.args[0] is now and isinstance(module.after, nn.Identity):
+            roles = (node.kwargs.get("rows") is opened, node.kwargs.get("columns") is opened)
+            links.append(Link(module, *roles, bounds=module.bounds))
+            added = others == [names[SHORTCUT]]
+            if others and not added:
+                break
+        elif links and node.target is add_fill and set(others) <= filled:
+            links[-1].filled = True
+        elif links and node.target in (torch.add, operator.add) and others == [names[SHORTCUT]]:
+            added = True
+        elif links and activation_of(way, node) == "relu" and not others:
+            links[-1].bounds = (0.0, math.inf)
+        else:
+            break
+        if any(link.bounds != (-math.inf, math.inf) for link in links[-1:]) and node.target in (add_fill, torch.add):
+            break  # cut at the bounds before it
+        now = node
+    raise DeployError("its branch is no chain of convolutions")
