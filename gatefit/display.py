@@ -127,13 +127,15 @@ def show_deployment(console: Console, plans: tuple[BlockPlan, ...]) -> None:
 
 def show_bench(console: Console, timings: list[Timing], rows: list[Row]) -> None:
     """Every engine, then each dynamic one beside the fastest dense one."""
-    table = Table(title="milliseconds per batch", title_justify="left")
-    for name in ("engine", "batch", "threads", "p50", "p95", "images/s", "largest difference"):
-        table.add_column(name, justify="left" if name == "engine" else "right")
+    threads = timings[0].threads if timings else 0
+    title = f"milliseconds per batch, {threads} thread{'' if threads == 1 else 's'}"
+    table = Table(title=title, title_justify="left")
+    for name in ("engine", "batch", "p50", "p95", "images/s", "difference"):
+        table.add_column(name, justify="left" if name == "engine" else "right", no_wrap=True)
     for t in timings:
         what = f"{'gated' if t.dynamic else 'original'}, {t.engine}"
         figures = (f"{t.p50_ms:.2f}", f"{t.p95_ms:.2f}", f"{t.images_per_second:.1f}", f"{t.max_abs_diff:.1e}")
-        table.add_row(what, str(t.batch), str(t.threads), *figures)
+        table.add_row(what, str(t.batch), *figures)
     console.print(table)
     shares = Table(title="against the fastest form of the original", title_justify="left")
     for name in ("engine", "batch", "the fastest is", "MACs", "time", "realised"):
