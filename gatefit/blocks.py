@@ -396,9 +396,14 @@ def layer_name(node: fx.Node) -> str:
 
 
 def _channel_axis(traced: fx.GraphModule, entry: fx.Node, cone: set[fx.Node]) -> int:
-    """Axis of the channels of the entry: as the first layer that reads it takes them."""
+    """Axis of the channels of the entry: as the first layer that reads it takes them.
+
+    Layers behind a change of shape, such as a division into windows, count where none stands before: by the number
+    of channels that they take.
+    """
     shape = shape_of(entry)
     assert shape is not None
+    reshaped: list[fx.Node] = []
     frontier = [entry]
     seen = {entry}
     while frontier:
@@ -411,8 +416,17 @@ def _channel_axis(traced: fx.GraphModule, entry: fx.Node, cone: set[fx.Node]) ->
             if isinstance(module, WEIGHTED):
                 return 1
             seen.add(user)
-            if shape_of(user) == shape:
-                frontier.append(user)
+            (frontier if shape_of(user) == shape else reshaped).append(user)
+    while reshaped:
+        for user in reshaped.pop(0).users:
+            if user not in cone or user in seen:
+                continue
+            module = module_of(traced, user)
+            if isinstance(module, nn.Linear | nn.LayerNorm):
+                taken = module.in_features if isinstance(module, nn.Linear) else module.normalized_shape[-1]
+                return len(shape) - 1 if shape[-1] == taken != shape[1] else 1
+            seen.add(user)
+            reshaped.append(user)
     return 1 if len(shape) == 4 else len(shape) - 1
 
 

@@ -6,6 +6,7 @@ that remember their node: control flow sees the number, the graph gets the node,
 """
 
 import inspect
+import math
 import operator
 import textwrap
 from collections.abc import Callable, Iterator
@@ -266,6 +267,39 @@ def _recorded(name: str) -> Callable[[Size, Any], Any]:
         return Size(value, node, self.tracer)
 
     return method
+
+
+class _Ratio(float):
+    """A size divided by a number; what it is rounded to remembers its node again."""
+
+    size: Size
+    by: Any
+
+    def __new__(cls, size: Size, by: Any) -> "_Ratio":
+        ratio = super().__new__(cls, int(size) / by)
+        ratio.size, ratio.by = size, by
+        return ratio
+
+    def __ceil__(self) -> int:
+        return -(-self.size // self.by) if isinstance(self.by, int) else math.ceil(float(self))
+
+    def __floor__(self) -> int:
+        return self.size // self.by if isinstance(self.by, int) else math.floor(float(self))
+
+    def __deepcopy__(self, memo: Any) -> "_Ratio":
+        return self
+
+    def __reduce__(self) -> Any:
+        return float, (float(self),)
+
+
+def _divided(self: Size, other: Any) -> Any:
+    plain = int(self) / other
+    return _Ratio(self, other) if isinstance(other, int) and not self.tracer.computing else plain
+
+
+Size.__truediv__ = _divided  # type: ignore[assignment]
+Size.__neg__ = lambda self: self * -1  # type: ignore[assignment]
 
 
 for _name in ("add", "sub", "mul", "floordiv", "mod"):

@@ -47,7 +47,7 @@ def test_the_macs_go_where_they_help_most(fill):
     after = meet(gated, images, costs)
     opened = [float(o.channel.double().mean()) for o in opens_of(gated).values()]
     assert after < 0.8 * before and fell > 0.1
-    assert opened[0] < first - 0.2 and all(o > b for o, b in zip(opened[1:], others, strict=True))
+    assert opened[0] < first - 0.2 and sum(opened[1:]) > sum(others) + 0.1
     assert float(macs_per_image(costs, opens_of(gated)).mean()) / costs.dense == pytest.approx(TARGET, abs=0.02)
     assert not fill or torch.equal(
         gates_of(gated)["blocks.0"].lowered, gates_of(gated)["blocks.0"].lowered[:1].expand(8)

@@ -5,7 +5,7 @@ from networks import Basic, Network
 import gatefit
 from gatefit.coverage import cover, kind_of
 from gatefit.errors import GatefitError
-from gatefit.models import names_like
+from gatefit.models import names_like, parse_reference, skeleton
 
 
 def test_names_by_part_and_by_pattern():
@@ -19,6 +19,12 @@ def test_coverage_counts_macs_and_branches():
     c = cover("timm/resnet50")
     assert (c.family, c.blocks, c.channel_blocks, c.convolutional, c.convolutional_gated) == ("resnet", 16, 16, 16, 16)
     assert c.block_share == pytest.approx(0.883, abs=0.001) and c.channel_share == pytest.approx(0.682, abs=0.001)
+
+
+def test_gates_pool_channels_of_windowed_attention():
+    """Its windows are cut from (B, H, W, C) before the first layer."""
+    found = gatefit.find_blocks(skeleton(parse_reference("timm/tiny_vit_5m_224")), torch.zeros(2, 3, 224, 224))
+    assert [b.features for b in found.blocks if b.name.startswith("stages.2.")] == [160] * 12
 
 
 def test_what_cannot_be_gated_says_why():
