@@ -177,6 +177,7 @@ def test_gathered_networks_are_exact(name, form, fill):
         assert sum(isinstance(m, kind) for m in deployed.modules()) == len(gates_of(gated))
         with torch.no_grad():
             assert same(copy.deepcopy(deployed)(others), gated(others))
+            assert same(deployed.to(memory_format=torch.channels_last)(others), gated(others))
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")

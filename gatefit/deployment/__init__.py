@@ -59,27 +59,25 @@ def deploy(
         need_onnx()
     training = gated.training
     seen = observe(gated.eval(), images)
+    some = torch.cat(images)[:TUNING_IMAGES]
     if tuned:
-        some = torch.cat(images)[:TUNING_IMAGES]
-        if backend == "onnx":
-            tried = tune(gated, seen, some.contiguous(), onnx_blocks, masks, harvest)
-        else:
-            tried = tune(gated, seen, some.to(memory_format=torch.channels_last), torch_blocks, masks, harvest)
+        layout, build = (
+            (torch.contiguous_format, onnx_blocks) if backend == "onnx" else (torch.channels_last, torch_blocks)
+        )
+        tried = tune(gated, seen, some.to(memory_format=layout), build, masks, harvest)
         plans = {name: (plan, place) for name, (plan, place, _) in tried.items()}
     else:
         plans = {name: plan_block(gated, gate, seen[name], masks, harvest) for name, gate in gates.items()}
     deployed = assemble(gated, plans)
     deployed.meta["plans"] = tuple(plan for plan, _ in plans.values())
+    gated.train(training)
     if backend == "onnx":
-        gated.train(training)
         return onnx_network(deployed, images[0][:1])
     chosen, gathered = packed(deployed), False
     if tuned and next(gated.parameters()).device.type == "cpu" and kernels() is not None:
         other = gathered_network(gated, plans)
-        each = [(image,) for image in torch.cat(images)[:TUNING_IMAGES].split(1)]
-        first, second = milliseconds([chosen, other], each)
+        first, second = milliseconds([chosen, other], [(image,) for image in some.split(1)])
         if gathered := second < first:
             chosen = other
     chosen.meta |= {"plans": deployed.meta["plans"], "gathered": gathered}
-    gated.train(training)
     return chosen

@@ -3,7 +3,7 @@
 import ctypes
 import math
 import operator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,23 +12,22 @@ from torch import Tensor, fx, nn
 from gatefit.deployment.branch import SHORTCUT, Place
 from gatefit.deployment.dynamic import Saliences
 from gatefit.deployment.gathered import OPEN, GatheredConv, gathered_way, need_kernels
+from gatefit.deployment.native import NUMBER, POINTER, REAL
 from gatefit.deployment.plan import BlockPlan
 from gatefit.deployment.prepack import activation_of
 from gatefit.errors import DeployError
 from gatefit.gates import Gate, add_fill
 from gatefit.graph import module_of
 
-_POINTER, _NUMBER, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
 
 class _Step(ctypes.Structure):
     """`Step` of gathered.cpp."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("weight", "bias")),
-        *((name, _NUMBER) for name in ("rows", "columns", "kernel", "stride", "padding", "depthwise")),
-        *((name, _NUMBER) for name in ("open_rows", "open_columns", "filled")),
-        *((name, _REAL) for name in ("lowest", "highest")),
+        *((name, POINTER) for name in ("weight", "bias")),
+        *((name, NUMBER) for name in ("rows", "columns", "kernel", "stride", "padding", "depthwise")),
+        *((name, NUMBER) for name in ("open_rows", "open_columns", "filled")),
+        *((name, REAL) for name in ("lowest", "highest")),
     )
 
 
@@ -36,10 +35,10 @@ class _Block(ctypes.Structure):
     """`Block` of gathered.cpp."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("gate_weight", "gate_bias", "fill", "lowered")),
-        *((name, _NUMBER) for name in ("features", "has_block", "units", "steps")),
+        *((name, POINTER) for name in ("gate_weight", "gate_bias", "fill", "lowered")),
+        *((name, NUMBER) for name in ("features", "has_block", "units", "steps")),
         ("step", ctypes.POINTER(_Step)),
-        *((name, _REAL) for name in ("lowest", "highest")),
+        *((name, REAL) for name in ("lowest", "highest")),
     )
 
 
@@ -50,8 +49,8 @@ class Link:
     conv: GatheredConv
     open_rows: bool
     open_columns: bool
+    bounds: tuple[float, float]
     filled: bool = False
-    bounds: tuple[float, float] = field(default=(-math.inf, math.inf))
 
 
 class ChainBlock(nn.Module):
@@ -149,7 +148,7 @@ def _chain(way: fx.GraphModule) -> list[Link]:
         others = [n for n in node.all_input_nodes if n is not now and n is not opened]
         if isinstance(module, GatheredConv) and node.args[0] is now and isinstance(module.after, nn.Identity):
             roles = (node.kwargs.get("rows") is opened, node.kwargs.get("columns") is opened)
-            links.append(Link(module, *roles, bounds=module.bounds))
+            links.append(Link(module, *roles, module.bounds))
             added = others == [names[SHORTCUT]]
             if others and not added:
                 break

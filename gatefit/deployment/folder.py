@@ -1,6 +1,5 @@
 """A deployment beside the gated network that it was made from: `deployment.json`, and for ONNX the file itself."""
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from gatefit.deployment import Backend, deploy
 from gatefit.deployment.branch import Place, place_or_none
 from gatefit.deployment.dynamic import assemble
 from gatefit.deployment.engines import OnnxNetwork, masked_onnx, need_onnx, packed
+from gatefit.deployment.native import processor
 from gatefit.deployment.native_network import gathered_network
 from gatefit.deployment.plan import BlockPlan
 from gatefit.errors import CheckpointError, DeployError
@@ -38,13 +38,7 @@ class Machine:
 
 def this_machine() -> Machine:
     """The machine at hand."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [x.partition(":")[2].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
-        if (info.is_file())
-        else []
-    )
-    return Machine(names[0] if names else platform.processor(), torch.get_num_threads(), torch.__version__)
+    return Machine(processor("model name"), torch.get_num_threads(), torch.__version__)
 
 
 def write_deployment(

@@ -75,6 +75,11 @@ class GatheredConv(nn.Module):
         done: Tensor = self.after(result)
         return done
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "GatheredConv":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weight.data = self.weight.data.contiguous()  # whatever layout was asked for: the kernels read this one
+        return self
+
 
 def need_kernels(x: Tensor) -> Kernels:
     """The kernels; DeployError where there are none, or for what they cannot run."""

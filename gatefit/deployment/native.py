@@ -17,7 +17,7 @@ import torch
 
 SOURCE = Path(__file__).with_name("gathered.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
-_POINTER, _NUMBER, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def kernels() -> Kernels | None:
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or platform.machine() != "x86_64":
         return None
-    text = "\0".join((SOURCE.read_text(), compiler, *FLAGS, _processor(), torch.__version__))
+    text = "\0".join((SOURCE.read_text(), compiler, *FLAGS, processor("flags"), torch.__version__))
     folder = Path(torch.hub.get_dir()).parent / "gatefit" / "native"
     file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     try:
@@ -45,10 +45,10 @@ def kernels() -> Kernels | None:
         library = ctypes.CDLL(str(file))
     except (OSError, subprocess.CalledProcessError):
         return None
-    ends: list[Any] = [_REAL, _REAL, _NUMBER]
-    library.gathered_conv.argtypes = [_POINTER] * 7 + [_NUMBER] * 9 + ends
-    library.gathered_depthwise.argtypes = [_POINTER] * 5 + [_NUMBER] * 7 + ends
-    library.gathered_block.argtypes = [_POINTER] * 4 + [_NUMBER] * 5
+    ends: list[Any] = [REAL, REAL, NUMBER]
+    library.gathered_conv.argtypes = [POINTER] * 7 + [NUMBER] * 9 + ends
+    library.gathered_depthwise.argtypes = [POINTER] * 5 + [NUMBER] * 7 + ends
+    library.gathered_block.argtypes = [POINTER] * 4 + [NUMBER] * 5
     found = (library.gathered_conv, library.gathered_depthwise, library.gathered_block)
     for function in found:
         function.restype = None
@@ -67,7 +67,9 @@ def _build(compiler: str, file: Path) -> None:
         linked.replace(file)
 
 
-def _processor() -> str:
+def processor(what: str) -> str:
+    """What the system says of its processor, such as "model name" or "flags"."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return next((x for x in lines if x.startswith("flags")), platform.processor())
+    found = (x.partition(":")[2].strip() for x in lines if x.startswith(what))
+    return next(found, platform.processor())
