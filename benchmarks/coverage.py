@@ -3,10 +3,12 @@
     python benchmarks/coverage.py                    # all names: writes docs/coverage.md and docs/coverage.json
     python benchmarks/coverage.py resnet --check     # names that contain "resnet", with all checks
 
-Each network has a process of its own, so that one that crashes or hangs does not end the run.
+Each network has a process of its own, so that one that crashes or hangs does not end the run. What is known so far
+is kept beside the output (docs/coverage.part.jsonl): a run that was broken off goes on from there.
 """
 
 import argparse
+import json
 import multiprocessing
 import multiprocessing.connection
 import time
@@ -109,18 +111,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DOCS / "coverage.md")
     options = parser.parse_args()
     names = list(dict.fromkeys(n for p in options.patterns for n in names_like(p)))
-    outcomes = run(names, options.check, options.jobs)
+    kept = options.out.with_suffix(".part.jsonl")
+    outcomes = run(names, options.check, options.jobs, kept)
     write_json(options.out.with_suffix(".json"), {"networks": [asdict(o) for o in outcomes]})
     write_atomically(options.out, lambda file: file.write_text(report(outcomes)))
+    kept.unlink()
     Console().print(totals(outcomes), markup=False)
 
 
-def run(names: list[str], checked: bool, jobs: int) -> list[Outcome]:
-    """One process for each name, `jobs` at a time."""
+def run(names: list[str], checked: bool, jobs: int, kept: Path) -> list[Outcome]:
+    """One process for each name, `jobs` at a time; those that stand in `kept` already are not run again."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gatefit.coverage", "gatefit.surgery"])
-    waiting, running, done = list(reversed(names)), {}, {}
-    bar = iter(track(names, "networks", console=Console(stderr=True)))
+    done = _kept(kept, checked)
+    waiting, running = [n for n in reversed(names) if n not in done], {}
+    console = Console(stderr=True)
+    bar = iter(track(list(waiting), "networks", console=console))
+    next(bar, None)
+
+    def note(name: str, outcome: Outcome) -> None:
+        done[name] = outcome
+        with kept.open("a") as file:
+            file.write(json.dumps(asdict(outcome)) + "\n")
+        if outcome.checked not in ("", "passed"):
+            console.print(f"{name}: {outcome.checked}", markup=False)
+        next(bar, None)
+
     while waiting or running:
         while waiting and len(running) < jobs:
             name = waiting.pop()
@@ -132,18 +148,23 @@ def run(names: list[str], checked: bool, jobs: int) -> list[Outcome]:
         for receiver in multiprocessing.connection.wait(list(running), timeout=1):
             name, process, began = running.pop(receiver)
             try:
-                done[name] = receiver.recv()
+                note(name, receiver.recv())
             except EOFError:
                 process.join()
-                done[name] = _failed(name, f"its process ended with code {process.exitcode}", began)
-            next(bar, None)
+                note(name, _failed(name, f"its process ended with code {process.exitcode}", began))
         for receiver, (name, process, began) in list(running.items()):
             if time.monotonic() - began > SECONDS:
                 process.kill()
                 del running[receiver]
-                done[name] = _failed(name, f"took more than {SECONDS} s", began)
-                next(bar, None)
+                note(name, _failed(name, f"took more than {SECONDS} s", began))
     return [done[n] for n in names]
+
+
+def _kept(file: Path, checked: bool) -> dict[str, Outcome]:
+    """What an earlier run found out; of a run without checks nothing is of use to one with them."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    outcomes = [Outcome(**{**row, "coverage": Coverage(**row["coverage"])}) for row in rows]
+    return {o.coverage.name: o for o in outcomes if not checked or o.checked or not o.coverage.blocks}
 
 
 def _work(name: str, checked: bool, sender: Connection) -> None:

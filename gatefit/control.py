@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gatefit.cost import Costs, Opens, macs_per_image
-from gatefit.gates import Gate, outputs_of
+from gatefit.gates import outputs_of
 
 GAIN = 0.1
 """Part of the way to the batch's threshold that one step goes: batches are small samples."""
@@ -25,15 +25,10 @@ def lower(gated: nn.Module, shift: float, keep: float = 0.0) -> None:
         for gate, out in outputs_of(gated):
             for fc, logits in ((gate.block, out.block), (gate.channel, out.channel)):
                 if fc is not None and logits is not None:
-                    lower_layer(gate, fc, min(shift, _most(logits, keep)))
-
-
-@torch.no_grad()
-def lower_layer(gate: Gate, fc: nn.Linear, shift: float) -> None:
-    """Lower the pre-activations of `fc`, one of the gate's layers, by `shift`."""
-    fc.bias.sub_(shift)
-    if fc is gate.channel and gate.fill is not None:
-        gate.lowered.add_(shift)
+                    by = min(shift, _most(logits, keep))
+                    fc.bias.sub_(by)
+                    if fc is gate.channel and gate.fill is not None:
+                        gate.lowered.add_(by)
 
 
 def threshold_for(gated: nn.Module, costs: Costs, target: float, keep: float = 0.0) -> float:

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.allot import allot
 from gatefit.control import GAIN, lower, price_threshold, smallest_share, threshold_for
 from gatefit.cost import costs_of, macs_per_image, opens_of
 from gatefit.data import ImageSet, Source, as_images, normalise
@@ -24,6 +23,8 @@ MEETING_IMAGES = 2000
 MEETING_ROUNDS = 3
 """Training images, and passes over them, on which the final threshold is found."""
 SETTLING_BATCH = 100
+RENEWING = 2 / 3
+"""Part of the training in which gates are set anew; the rest of it is for what reads them."""
 PAPERS_GATE_LR = 1e-5
 SCRATCH_RAMP = 0.2
 """Of a network without an original to keep to: what its units do is not known before it has learnt."""
@@ -139,6 +140,9 @@ class GateClosing:
         self.start, self.seed, self.factor = start, seed, 1.0
         self.report = report
         self.ramp = settings.ramp or 0.0
+        # Gates that learn keep what they have learnt, and a salience between 0 and 1 what reads it is used to.
+        hard = all(gate.form == "step" for gate in gates_of(gated).values())
+        self.renewals = settings.renew if start == "data" and hard and not settings.gate_lr else 0
         self.costs = costs_of(gated, gated.meta["input"].shape)
         if settings.l1 is None and settings.target is None:
             raise RecipeError("give --l1 X or --target SHARE: without either no gate would close")
@@ -163,11 +167,6 @@ class GateClosing:
             return
         self.gated.eval()
         self._meet(price_threshold(s.l1, self.factor) if s.l1 else 0.0)
-        if s.allot:
-            images = torch.cat(list(self._some(min(s.allot, images_that_fit(self.gated)))))
-            share = s.target or self.share()
-            allot(self.gated, images, self.costs, share, s.keep, self.seed, self._ticking("allot"))
-            self._meet()
         if s.refit:
             refit(self.gated, self._some(min(s.refit, images_that_fit(self.gated))), self._ticking("refit"))
             self._meet()
@@ -195,6 +194,16 @@ class GateClosing:
         elif self.start == "data" and s.l1:
             done = price_threshold(s.l1 * before**2, self.factor) if step or not self.ramp else 0.0
             lower(self.gated, price_threshold(s.l1 * now**2, self.factor) - done, s.keep)
+        renewals = [round(RENEWING * steps * i / self.renewals) for i in range(1, self.renewals + 1)]
+        if step + 1 in renewals:
+            self._renew(self.seed + 1 + renewals.index(step + 1), now)
+
+    def _renew(self, seed: int, ramped: float) -> None:
+        """Set the gates' weights anew, from what their units do for the network as it is by now."""
+        s = self.settings
+        self.factor = start_from_data(self.gated, self.images, seed=seed, tick=self._ticking("renew"))
+        self._meet(price_threshold(s.l1 * ramped**2, self.factor) if s.l1 else 0.0)
+        self.gated.train()
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -93,12 +93,12 @@ class FinetunePart:
     """Share of the original's MACs to end at (sequential placement, gates included)."""
     penalty: Literal["macs", "plain"] = "macs"
     """"macs": each salience weighs as its unit's MACs (mean weight 1). "plain": all alike, as in the paper."""
-    allot: int = 0
-    """Training images on which each gate's part of the MACs is searched for (see `gatefit.allot`); 0: one threshold
-    for all. Fewer are used where they do not fit into memory. Only without a ramp."""
     refit: int = 4000
     """Training images on which the layers behind closed gates are refitted before training (see `gatefit.refit`);
     0: none. Fewer are used where they do not fit into memory. Only without a ramp."""
+    renew: int = 4
+    """How often step gates that do not learn are set anew from data, in the first two thirds of the training: what
+    their units do for a network changes as it learns to do without some (see `gatefit.start`)."""
     ramp: float | None = None
     """Part of the training in which target or price go from open to their final value; 0: they begin there. Not
     set: 0 with an original to keep to, 0.2 without."""
@@ -130,8 +130,8 @@ class FinetunePart:
         _check(self.features >= 0, "finetune.features must be 0 or more")
         _check(0 <= self.distillation <= 1, "finetune.distillation must lie in [0, 1]")
         _check(self.ramp is None or 0 <= self.ramp <= 1, "finetune.ramp must lie in [0, 1]")
-        _check(self.allot >= 0, "finetune.allot must be 0 or more")
         _check(self.refit >= 0, "finetune.refit must be 0 or more")
+        _check(self.renew >= 0, "finetune.renew must be 0 or more")
         _check(0 <= self.momentum < 1, "finetune.momentum must lie in [0, 1)")
         _check(self.weight_decay >= 0, "finetune.weight_decay must be 0 or more")
         _check(self.temperature > 0, "finetune.temperature must be positive")

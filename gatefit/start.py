@@ -6,8 +6,12 @@ activations to the Fisher information of the salience, E[(dL/dS_u)^2]. So score^
 the loss when u is closed (optimal brain damage), per MAC, and one threshold serves the whole network. A whole
 block is too much for that second-order estimate: for blocks the rise is measured by closing them one by one.
 To each pre-activation is added what the pooled input says of how hard the image is: hard images open more.
+
+All of it is measured on the network as it runs, so the gates of a network that has learnt to do without some of its
+units can be set anew from what the others do for it now.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -28,13 +32,16 @@ SOFTNESS = 4.0
 """Temperature of the predictions whose entropy says how hard an image is: at 1 a network is sure of what it knows."""
 
 
-class _Probe(fx.Interpreter):
-    """Runs a gated network with saliences of 1 that record gradients, and notes what they multiply."""
+GateForward = Callable[[Gate, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]
+"""What stands for `Gate.forward`: saliences of block and units, and the fill."""
 
-    def __init__(self, gated: fx.GraphModule, closed: str = "") -> None:
+
+class _Probe(fx.Interpreter):
+    """Runs a gated network with saliences that record gradients, and notes what they multiply."""
+
+    def __init__(self, gated: fx.GraphModule, forward: GateForward = Gate.__call__) -> None:
         super().__init__(gated)
-        self.closed = closed
-        """Name of a block that is skipped."""
+        self.forward = forward
         self.saliences: dict[str, list[Tensor | None]] = {}
         self.activations: dict[str, list[Tensor | None]] = {}
         self.means: dict[str, Tensor] = {}
@@ -62,16 +69,12 @@ class _Probe(fx.Interpreter):
     def _probe(self, gate: Gate, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         name = gate.of.name
         self.pooled[name] = gate.pool(x).detach()
-        ones = [
-            None if fc is None else torch.ones(x.shape[0], fc.out_features, device=x.device, requires_grad=True)
-            for fc in (gate.block, gate.channel)
-        ]
-        if name == self.closed and ones[0] is not None:
-            ones[0].data.zero_()
-        self.saliences[name] = ones
+        with torch.no_grad():
+            block, channel, fill = self.forward(gate, x)
+        given = [None if s is None else s.clone().requires_grad_() for s in (block, channel)]
+        self.saliences[name] = given
         self.activations[name] = [None, None]
-        fill = None if gate.fill is None else torch.zeros(x.shape[0], gate.fill.out_features, device=x.device)
-        return ones[0], ones[1], fill
+        return given[0], given[1], fill
 
 
 def _mean(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tensor:
@@ -91,9 +94,10 @@ def start_from_data(
     seed: int = 0,
     tick: Tick = lambda done, of: None,
 ) -> float:
-    """Set the gates' weights from `count` images, no labels needed; all gates stay open (threshold 0).
+    """Set the gates' weights from `count` images, no labels needed; the threshold goes back to 0, where they are open.
 
-    Labels are drawn from the network's own predictions, so that the Fisher information is the true one.
+    Gates that are closed stay so while it measures. Labels are drawn from the network's own predictions, so that the
+    Fisher information is the true one.
 
     Returns:
         k, the factor between scores and pre-activations.
@@ -175,25 +179,29 @@ def _start_fill(gated: fx.GraphModule, gate: Gate, predicted: Tensor, mean: Tens
     gate.fill.weight.copy_(summed.unflatten(1, (gate.of.units, -1)).sum(2) * slope)
 
 
-def predictions(gated: fx.GraphModule, x: Tensor) -> Tensor:
-    """What `gated` gives for images (B, C, H, W) with all gates open: (B, classes)."""
-    logits: Tensor = _Probe(gated).run(x)
-    return logits
-
-
 @torch.no_grad()
 def _block_damage(gated: fx.GraphModule, images: ImageSet, chosen: Tensor) -> dict[str, Tensor]:
-    """Mean KL divergence from the network's predictions when each block with a block gate is skipped."""
+    """Mean KL divergence between the network's predictions with each gated block run and skipped."""
     device = next(gated.parameters()).device
     x = normalise(images.__getitems__(chosen.tolist())[0].to(device), gated.meta["input"])
-    whole = predictions(gated, x).double().log_softmax(1)
+
+    def log_probabilities(name: str, salience: float) -> Tensor:
+        given: Tensor = _Probe(gated, functools.partial(_forced, name, salience)).run(x)
+        return given.double().log_softmax(1)
+
     return {
         name: nn.functional.kl_div(
-            _Probe(gated, closed=name).run(x).double().log_softmax(1), whole, log_target=True, reduction="batchmean"
+            log_probabilities(name, 0.0), log_probabilities(name, 1.0), log_target=True, reduction="batchmean"
         )
         for name, gate in gates_of(gated).items()
         if gate.block is not None
     }
+
+
+def _forced(name: str, salience: float, gate: Gate, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What a gate gives, but for the block `name` that salience."""
+    block, channel, fill = gate(x)
+    return torch.full_like(block, salience) if gate.of.name == name and block is not None else block, channel, fill
 
 
 def _ridge(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

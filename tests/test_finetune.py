@@ -23,7 +23,7 @@ from gatefit.gates import gates_of, outputs_of
 from gatefit.models import InputSpec
 from gatefit.recipe import FinetunePart
 from gatefit.refit import refit
-from gatefit.start import start_from_data
+from gatefit.start import _Probe, start_from_data
 from gatefit.training import Trainer, _optimizer, augment, recalibrate
 
 SPEC = InputSpec((3, 8, 8), (0.3,) * 3, (0.35,) * 3)
@@ -73,14 +73,36 @@ def test_different_images_take_different_paths(dense, digits):
     assert max(g.distinct for g in result.gates) > 5
 
 
-def test_gates_from_data_stay_unless_they_have_a_rate(dense, digits):
+def test_gates_from_data_stay_unless_they_are_renewed_or_have_a_rate(dense, digits):
     weights = []
-    for settings in (replace(SHORT, epochs=0), SHORT, replace(SHORT, gate_lr=0.01)):
+    for change in ({"epochs": 0}, {"renew": 0}, {"renew": 0, "gate_lr": 0.01}, {"renew": 2}):
         gated = gate(dense, "c")
-        gatefit.finetune(gated, digits, dense, settings=settings)
+        gatefit.finetune(gated, digits, dense, settings=replace(SHORT, **change))
         weights.append(gates_of(gated)["blocks.1"].channel.weight.detach().clone())
         assert all(p.requires_grad for p in gated.parameters())
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[3])
+
+
+def test_gates_are_renewed_in_the_first_two_thirds(dense, digits):
+    steps = []
+    gated = gate(dense, "c")
+    gatefit.finetune(
+        gated, digits, dense, settings=replace(SHORT, epochs=3, renew=2),
+        report=lambda p: steps.append(p.step if p.stage == "fine-tune" else p.stage),
+    )  # fmt: skip
+    started = [steps[i - 1] for i, s in enumerate(steps) if s == "renew" and steps[i - 1] != "renew"]
+    assert started == [21, 43]  # 66 steps, renewed after 22 and 44 and shown behind that
+    assert gatefit.evaluate(gated, digits).share == pytest.approx(0.6, abs=0.02)
+
+
+def test_a_start_measures_the_network_as_it_runs(dense, digits):
+    gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "lc", "step", fill=True)
+    gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=0))
+    x = _floats(digits, 0)
+    probe = _Probe(gated)
+    assert torch.equal(probe.run(x), gated(x))
+    assert min(float(s.detach().mean()) for both in probe.saliences.values() for s in both) < 1
 
 
 def test_step_gates_send_no_gradient_into_the_backbone():
@@ -302,12 +324,12 @@ def test_a_checkpoint_keeps_the_scale_of_the_loss(dense, digits, tmp_path):
 def test_every_stage_tells_how_far_it_is(dense, digits):
     last = {}
     gatefit.finetune(
-        gate(dense, "c"), digits, dense, settings=replace(SHORT, epochs=1, allot=64),
+        gate(dense, "c"), digits, dense, settings=replace(SHORT, epochs=1),
         report=lambda p: last.update({p.stage: p}),
     )  # fmt: skip
-    assert list(last) == ["start", "allot", "refit", "fine-tune"]
+    assert list(last) == ["start", "refit", "fine-tune", "renew"]
     assert all(p.step == p.steps for p in last.values())
-    assert last["allot"].loss is None and last["fine-tune"].share < 1
+    assert last["renew"].loss is None and last["fine-tune"].share < 1
 
 
 def test_a_damaged_checkpoint_is_named(dense, digits, tmp_path):
