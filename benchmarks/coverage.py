@@ -21,17 +21,19 @@ from statistics import mean
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 import gatefit
 from gatefit.coverage import Coverage, cover, kind_of
 from gatefit.files import write_atomically, write_json
 from gatefit.gates import gates_of
-from gatefit.models import build, input_spec, names_like, parse_reference
+from gatefit.models import ModelReference, build, input_spec, names_like, parse_reference
 
 SECONDS = 300
 SIDE = 64
+MIDDLE = 112
+"""Networks of one size alone are built for this one where their builder takes `img_size`."""
 MOST_PARAMETERS = 350_000_000
 """Networks above are not checked: a check holds five copies of the weights."""
 ONE_SIZE = "passed at one size"
@@ -53,18 +55,11 @@ def check(name: str) -> str:
     """Convert a network with random weights, run another size, train for a step; "passed", `ONE_SIZE` and the error
     at another size, or the reason why not.
 
-    Small images where the network takes them: what is checked does not depend on their size.
+    Small images where the network takes them or can be built for them: what is checked does not depend on their size.
     """
     torch.manual_seed(0)
-    network = build(parse_reference(name))
-    channels, *sides = input_spec(network).shape
     try:
-        try:
-            shape = (2, channels, min(SIDE, sides[0]), min(SIDE, sides[1]))
-            gated = gatefit.retrofit(network, torch.zeros(shape))
-        except gatefit.GatefitError:
-            shape = (2, channels, *sides)
-            gated = gatefit.retrofit(network, torch.zeros(shape))
+        network, gated, shape = _convert(parse_reference(name))
     except gatefit.GatefitError as error:
         return str(error)
     other = check_other_size(network, gated, shape)
@@ -80,6 +75,22 @@ def check(name: str) -> str:
         return "gradients are missing or not finite"
     optimizer.step()
     return other or "passed"
+
+
+def _convert(reference: ModelReference) -> tuple[nn.Module, fx.GraphModule, tuple[int, ...]]:
+    """A network, its conversion, and the shape of the example: the smallest images that it takes."""
+    small: list[tuple[dict[str, int], int]] = [({}, SIDE), ({"img_size": MIDDLE}, MIDDLE)]
+    for arguments, side in small:
+        try:
+            network = build(replace(reference, arguments=arguments))
+            channels, *sides = input_spec(network).shape
+            shape = (2, channels, *(min(side, s) for s in sides))
+            return network, gatefit.retrofit(network, torch.zeros(shape)), shape
+        except gatefit.GatefitError:
+            continue
+    network = build(reference)
+    shape = (2, *input_spec(network).shape)
+    return network, gatefit.retrofit(network, torch.zeros(shape)), shape
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def convert(
         else:
             console = Console(file=stdout, markup=False)
             show_report(console, done.report)
-            console.print(f"written: {folder}", soft_wrap=True)
+            console.print(f"written: {folder}; look at {folder / 'report.html'}", soft_wrap=True)
 
 
 @app.command()
@@ -168,6 +168,20 @@ def evaluate(
             show_report(Console(file=stdout, markup=False), report)
 
 
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that gatefit convert wrote; the first one's report.")],
+    data: Annotated[str, typer.Option(help="Other images; default: those of the conversion.")] = "",
+    block: Annotated[str, typer.Option(help="Block whose channels are shown; default: the most varied one.")] = "",
+) -> None:
+    """Write a page with pictures, report.html, into the first folder: its figures, compared with the others'."""
+    with _session() as stdout:
+        from gatefit.convert import report_folders
+
+        page = report_folders(folders, data, block)
+        Console(file=stdout, markup=False).print(f"written: {page}", soft_wrap=True)
+
+
 class Backends(StrEnum):
     """What runs a deployed network."""
 
@@ -210,15 +224,20 @@ def bench(
     with _session() as stdout:
         from gatefit.deployment.trial import run_bench
         from gatefit.display import show_bench
+        from gatefit.files import write_json
+        from gatefit.report.run import BENCH
 
         sizes = [int(b) if b.strip().isdigit() else 0 for b in batch.split(",")]
         if not all(sizes):
             raise GatefitError(f"--batch must be sizes with commas between, such as 1,8, not '{batch}'")
         timings, rows = run_bench(network, data, sizes, what_if, threads, rounds)
+        measured = {"rows": [asdict(r) for r in rows], "engines": [asdict(t) for t in timings]}
         if as_json:
-            _print_json(stdout, {"rows": [asdict(r) for r in rows], "engines": [asdict(t) for t in timings]})
+            _print_json(stdout, measured)
         else:
             show_bench(Console(file=stdout, markup=False), timings, rows)
+        if Path(network).is_dir():
+            write_json(Path(network) / BENCH, measured)  # for the report
 
 
 def main() -> None:

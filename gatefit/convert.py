@@ -27,12 +27,13 @@ from gatefit.models import (
     skeleton,
 )
 from gatefit.recipe import FinetunePart, Recipe, read_recipe, write_recipe
+from gatefit.report import write_report
+from gatefit.report.run import REPORT, Run, read_run
 from gatefit.store import load, read_config, save
 from gatefit.surgery import retrofit
 from gatefit.training import Epoch, Progress, Report
 
 ORIGINAL = "original.safetensors"
-REPORT = "report.json"
 RECIPE = "recipe.toml"
 TOLERANCE = 0.02
 """Largest distance from the target that passes without a word."""
@@ -110,7 +111,11 @@ def convert(
             say(f"note: the target was {target}, the share reached on the test images is {evaluation.share:.3f}")
         summary = summarise(recipe, reference, evaluation, history, fitting)
         if main:
-            _write(out, gated, model, recipe, summary)
+            _write(out, gated, model, recipe)
+            write_report(out, Run(out.resolve().name, summary, []), [], evaluation, data.test)
+            write_json(out / REPORT, summary)  # marks the folder as complete
+            for name in _CHECKPOINTS.values():
+                (out / name).unlink(missing_ok=True)
     except BaseException as error:
         resumable = isinstance(error, KeyboardInterrupt) and any((out / c).exists() for c in _CHECKPOINTS.values())
         if fresh and main and not resumable:
@@ -165,6 +170,19 @@ def evaluate_folder(folder: Path, data: str = "", skip_corrupt: bool = False) ->
     opened.gated.to(Accelerator().device)
     evaluation = evaluate(opened.gated, opened.data, opened.original)
     return evaluation, {"model": opened.name, **figures(evaluation)}
+
+
+def report_folders(folders: list[Path], data: str = "", block: str = "") -> Path:
+    """Write the report of the first folder, compared with the others; see `gatefit.report.write_report`.
+
+    Raises:
+        GatefitError: a folder or the data cannot be read, or there is no such block.
+    """
+    runs = [read_run(folder) for folder in folders]
+    opened = open_folder(folders[0], data)
+    opened.gated.to(Accelerator().device)
+    evaluation = evaluate(opened.gated, opened.data)
+    return write_report(folders[0], runs[0], runs[1:], evaluation, opened.data.test, block)
 
 
 @dataclass(frozen=True)
@@ -313,10 +331,6 @@ def _train_baseline(
     train_dense(model, data.train, spec, settings, seed=recipe.seed, report=report, checkpoint=file, resume=resume)
 
 
-def _write(out: Path, gated: fx.GraphModule, model: nn.Module, recipe: Recipe, summary: dict[str, Any]) -> None:
-    """All files of the folder; the report, which marks it as complete, last."""
+def _write(out: Path, gated: fx.GraphModule, model: nn.Module, recipe: Recipe) -> None:
     write_tensors(out / ORIGINAL, model.state_dict())
     save(gated, out, {"recipe": asdict(recipe)})
-    write_json(out / REPORT, summary)
-    for name in _CHECKPOINTS.values():
-        (out / name).unlink(missing_ok=True)

@@ -52,6 +52,12 @@ class Evaluation:
     paths: int
     """Number of different paths (all masks together) that the images took."""
     gates: tuple[GateUse, ...]
+    answers: Tensor
+    """Top class of each image, (N,) int64."""
+    labels: Tensor | None
+    """True class of each image, (N,) int64; None without labels that fit."""
+    masks: dict[str, Tensor]
+    """By block, (N, 1 + units) bool: whether each image ran the block, and which of its units."""
 
     @property
     def share(self) -> float:
@@ -87,15 +93,16 @@ def evaluate(
     training = gated.training
     gated.eval()
     teacher = copy.deepcopy(teacher).to(device).eval() if teacher is not None else None
-    right = same = dense_right = 0
-    sequential, parallel = [], []
+    same = dense_right = 0
+    sequential, parallel, answers, truth = [], [], [], []
     opens: dict[str, list[Opens]] = {c.name: [] for c in costs.blocks}
     indices = torch.arange(len(images)).split(BATCH)
     done = 0
     for batch, labels, _ in loader(images, [i.tolist() for i in indices]):
         x = normalise(batch.to(device), spec)
         answer = gated(x).argmax(1).cpu()
-        right += int((answer == labels).sum())
+        answers.append(answer)
+        truth.append(labels)
         if teacher is not None:
             wanted = teacher(x).argmax(1).cpu()
             same += int((answer == wanted).sum())
@@ -110,10 +117,10 @@ def evaluate(
             report(done, len(images))
     gated.train(training)
     masks = {name: _masks(parts) for name, parts in opens.items()}
-    macs = torch.cat(sequential)
+    macs, answered, labels = torch.cat(sequential), torch.cat(answers), torch.cat(truth)
     return Evaluation(
         images=len(images),
-        accuracy=right / len(images) if labelled else None,
+        accuracy=int((answered == labels).sum()) / len(images) if labelled else None,
         agreement=same / len(images) if teacher is not None else None,
         dense_accuracy=dense_right / len(images) if labelled and teacher is not None else None,
         dense_macs=costs.dense,
@@ -122,6 +129,9 @@ def evaluate(
         macs=macs,
         paths=len(torch.unique(torch.cat(list(masks.values()), 1), dim=0)),
         gates=tuple(_use(name, masks[name], opens[name]) for name in masks),
+        answers=answered,
+        labels=labels if labelled else None,
+        masks=masks,
     )
 
 

@@ -4,7 +4,7 @@ import copy
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from gatefit.errors import ConversionError
 from gatefit.tracer import ShapeTracer
 
+Network = TypeVar("Network", bound=nn.Module)
 _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -36,19 +37,16 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     Raises:
         ConversionError: the network cannot be traced, or does not take the example.
     """
-    root = copy.deepcopy(model)
     modes = {name: module.training for name, module in model.named_modules()}
-    for module in root.modules():
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]
-    analysed = copy.deepcopy(root).to("meta")
+    analysed = _out_of_place(_on_meta(model))
     tracer = ShapeTracer(None if example is None else torch.empty_like(example, device="meta"))
     try:
-        graph = tracer.trace(analysed, concrete_args=_defaults(root))
+        graph = tracer.trace(analysed, concrete_args=_defaults(model))
     except ConversionError:
         raise
     except Exception as error:
         raise ConversionError(f"{type(model).__name__} cannot be traced by torch.fx: {_first_line(error)}") from error
+    root = _out_of_place(copy.deepcopy(model))
     _take_constants(graph, analysed, root)
     _drop_frozen_inputs(graph)
     _functionalise(graph)
@@ -62,9 +60,26 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     return traced
 
 
+def _out_of_place(network: Network) -> Network:
+    """`network`, with modules that no longer write into what they read."""
+    for module in network.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
+    return network
+
+
+def _on_meta(network: Network) -> Network:
+    """A deep copy on the meta device; the weights are not copied on the way there."""
+    replaced: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        replaced[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(network, replaced)
+
+
 def propagate_shapes(traced: fx.GraphModule, example: Tensor) -> None:
     """Run `traced` on the meta device and note each tensor node's `meta["shape"]`."""
-    analysed = copy.deepcopy(traced).to("meta").eval()
+    analysed = _on_meta(traced).eval()
     try:
         shapes = _ShapeInterpreter(analysed)
         shapes.run(torch.empty_like(example, device="meta"))

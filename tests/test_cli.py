@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +66,8 @@ def converted(tmp_path_factory):
 def test_the_output_folder(converted):
     folder, report = converted
     assert {f.name for f in folder.iterdir()} == {
-        "model.safetensors", "original.safetensors", "config.json", "recipe.toml", "report.json",
+        "model.safetensors", "original.safetensors", "config.json", "recipe.toml", "report.json", "report.html",
+        *(f"{p}.png" for p in ("accuracy", "macs", "extremes", "gates", "classes", "channels", "training")),
     }  # fmt: skip
     assert json.loads((folder / "report.json").read_text()) == report
     assert report["gated"]["share"] == pytest.approx(0.7, abs=0.02)
@@ -90,6 +92,18 @@ def test_evaluate_repeats_the_report(converted):
     assert "original" in shown.stdout and "gated, parallel" in shown.stdout and "█" in shown.stdout
 
 
+def test_report(converted, tmp_path):
+    folder, _ = converted
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "report.html").unlink()
+    result = gatefit("report", other, folder, "--block", "layer2.0")
+    assert result.exit_code == 0 and "report.html" in result.stdout, result.stderr
+    assert "layer2.0" in (other / "report.html").read_text()
+    assert "there are layer1.0" in refused("report", other, "--block", "layer9")
+    assert "no file" in refused("report", other, tmp_path)
+
+
 def test_deploy_and_bench(converted, tmp_path):
     folder, _ = converted
     result = gatefit("deploy", folder)
@@ -100,6 +114,8 @@ def test_deploy_and_bench(converted, tmp_path):
     rows = json.loads(result.stdout)["rows"]
     keys = {"engine", "batch", "threads", "dense_ms", "dynamic_ms", "macs_share", "time_share", "realised"}
     assert rows and all(keys <= set(r) and r["max_abs_diff"] < 1e-3 for r in rows)
+    assert json.loads((folder / "bench.json").read_text())["rows"] == rows
+    (folder / "bench.json").unlink()
     assert "no folder" in refused("bench", f"{EXAMPLE}:resnet8")
     assert "between 0 and 1" in refused("bench", f"{EXAMPLE}:resnet8", "--what-if", "2")
     assert "--batch must be" in refused("bench", folder, "--batch", "x")
