@@ -81,7 +81,10 @@ class FinetunePart:
     accumulate: int = 1
     """Optimiser steps are taken every `accumulate` forward passes; each sees batch_size / accumulate images."""
     lr: float = 0.01
-    """Peak learning rate of the backbone; a cosine to zero after a short warm-up."""
+    """Peak learning rate of the backbone."""
+    drop_every: int = 0
+    """Epochs after which the learning rates fall to a tenth, again and again, as in the paper; 0: a cosine to zero
+    after a short warm-up."""
     gate_lr: float | None = None
     """Peak learning rate of the gates, which have no weight decay; 0: they stay as they began, but for the
     threshold. Not set: 0 from data, the paper's 1e-5 from the identity."""
@@ -123,6 +126,7 @@ class FinetunePart:
         _check(self.batch_size > 0, "finetune.batch_size must be positive")
         _check(self.accumulate > 0, "finetune.accumulate must be positive")
         _check(self.lr > 0, "finetune.lr must be positive")
+        _check(self.drop_every >= 0, "finetune.drop_every must be 0 or more")
         _check(self.gate_lr is None or self.gate_lr >= 0, "finetune.gate_lr must be 0 or more")
         _check(self.l1 is None or self.l1 >= 0, f"l1 must be 0 or more, not {self.l1}")
         _check(self.target is None or 0 < self.target < 1, f"target must lie between 0 and 1, not {self.target}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.data import ImageSet, normalise
+from gatefit.errors import TrainingError
 from gatefit.gates import Gate, gates_of, harden, scale
 from gatefit.penalty import unit_weights
 
@@ -101,6 +102,9 @@ def start_from_data(
 
     Returns:
         k, the factor between scores and pre-activations.
+
+    Raises:
+        TrainingError: the network's outputs are not finite.
     """
     device = next(gated.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -115,6 +119,8 @@ def start_from_data(
         probe = _Probe(gated)
         pixels = images.__getitems__(indices.tolist())[0].to(device)
         logits = probe.run(normalise(pixels, gated.meta["input"]))
+        if not bool(logits.isfinite().all()):
+            raise TrainingError("the network's outputs are not finite; check its weights, or lower the learning rate")
         labels = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(device)
         soft = (logits.detach().double() / SOFTNESS).log_softmax(1)
         entropies.append(-(soft.exp() * soft).sum(1))

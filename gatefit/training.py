@@ -223,9 +223,11 @@ class Trainer:
         return loss if penalty is None else loss + penalty, right
 
     def _set_rates(self, step: int) -> None:
-        """A short warm-up, then a cosine to zero."""
+        """A short warm-up and a cosine to zero, or the paper's drops."""
         warm = min(1.0, (step + 1) / max(1.0, 0.1 * self.steps))
         factor = warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        if self.settings.drop_every:
+            factor = 0.1 ** (step // self.per_epoch // self.settings.drop_every)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * group["peak"]
 

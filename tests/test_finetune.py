@@ -344,6 +344,13 @@ def test_nan_is_refused(dense, digits):
         gatefit.finetune(gate(dense), digits, dense, settings=replace(SHORT, lr=1e9))
 
 
+def test_a_start_from_broken_weights_is_refused(dense, digits):
+    gated = gate(dense, "c")
+    gated.get_parameter("blocks.1.conv1.weight").data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="outputs are not finite; check its weights"):
+        gatefit.finetune(gated, digits, dense, settings=SHORT)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -398,6 +405,12 @@ def test_gates_have_their_own_rate_and_no_decay(dense):
     assert (gates["weight_decay"], gates["peak"], backbone["weight_decay"], backbone["peak"]) == (0, 0.25, 0.1, 0.5)
     assert len(backbone["params"]) + len(gates["params"]) == len(list(gated.parameters()))
     assert len(_optimizer(gated, replace(settings, gate_lr=0.0)).param_groups) == 1
+
+
+def test_rates_drop_to_a_tenth(dense, digits):
+    settings = replace(SHORT, epochs=3, drop_every=2, lr=0.1)
+    epochs = gatefit.finetune(gate(dense), digits, dense, settings=settings)
+    assert [e.lr for e in epochs] == pytest.approx([0.1, 0.1, 0.01])
 
 
 def test_augmentation_depends_on_the_image_and_the_epoch_alone():
