@@ -20,7 +20,7 @@ from statistics import mean
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -136,38 +136,37 @@ def run(names: list[str], checked: bool, jobs: int, kept: Path) -> list[Outcome]
     context.set_forkserver_preload(["gatefit.coverage", "gatefit.surgery"])
     done = _kept(kept, checked)
     waiting, running = [n for n in reversed(names) if n not in done], {}
-    console = Console(stderr=True)
-    bar = iter(track(list(waiting), "networks", console=console))
-    next(bar, None)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("networks", total=len(waiting))
 
-    def note(name: str, outcome: Outcome) -> None:
-        done[name] = outcome
-        with kept.open("a") as file:
-            file.write(json.dumps(asdict(outcome)) + "\n")
-        if outcome.checked not in ("", "passed"):
-            console.print(f"{name}: {outcome.checked}", markup=False)
-        next(bar, None)
+        def note(name: str, outcome: Outcome) -> None:
+            done[name] = outcome
+            with kept.open("a") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
+            if outcome.checked not in ("", "passed"):
+                bar.console.print(f"{name}: {outcome.checked}", markup=False)
+            bar.advance(task)
 
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name = waiting.pop()
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(name, checked, sender))
-            process.start()
-            sender.close()
-            running[receiver] = (name, process, time.monotonic())
-        for receiver in multiprocessing.connection.wait(list(running), timeout=1):
-            name, process, began = running.pop(receiver)
-            try:
-                note(name, receiver.recv())
-            except EOFError:
-                process.join()
-                note(name, _failed(name, f"its process ended with code {process.exitcode}", began))
-        for receiver, (name, process, began) in list(running.items()):
-            if time.monotonic() - began > SECONDS:
-                process.kill()
-                del running[receiver]
-                note(name, _failed(name, f"took more than {SECONDS} s", began))
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop()
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(name, checked, sender))
+                process.start()
+                sender.close()
+                running[receiver] = (name, process, time.monotonic())
+            for receiver in multiprocessing.connection.wait(list(running), timeout=1):
+                name, process, began = running.pop(receiver)
+                try:
+                    note(name, receiver.recv())
+                except EOFError:
+                    process.join()
+                    note(name, _failed(name, f"its process ended with code {process.exitcode}", began))
+            for receiver, (name, process, began) in list(running.items()):
+                if time.monotonic() - began > SECONDS:
+                    process.kill()
+                    del running[receiver]
+                    note(name, _failed(name, f"took more than {SECONDS} s", began))
     return [done[n] for n in names]
 
 

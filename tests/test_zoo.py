@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,12 @@ REFUSED = {
 
 
 @functools.cache
-def _check():
+def _benchmark():
     file = Path(__file__).parent.parent / "benchmarks" / "coverage.py"
     spec = importlib.util.spec_from_file_location("benchmarks_coverage", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.check
+    return module
 
 
 ANOTHER_WAY_AT_OTHER_SIZES = {"timm/efficientvit_m0"}
@@ -51,10 +52,21 @@ ANOTHER_WAY_AT_OTHER_SIZES = {"timm/efficientvit_m0"}
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in REFUSED])
 def test_converted_and_trained(name):
-    done = _check()(name)
+    done = _benchmark().check(name)
     assert done == "passed" or (name in ANOTHER_WAY_AT_OTHER_SIZES and done.startswith("passed at one size"))
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
     assert REFUSED[name] in cover(name).reason
+
+
+def test_a_run_that_was_broken_off_goes_on(tmp_path):
+    kept = tmp_path / "coverage.part.jsonl"
+    known = {"coverage": {"name": "timm/known", "family": "none", "blocks": 3}, "seconds": 1.0, "checked": "passed"}
+    kept.write_text(json.dumps(known) + "\n")
+    [outcome] = _benchmark().run(["timm/known"], True, 1, kept)
+    assert outcome.coverage.blocks == 3 and outcome.checked == "passed"
+    known["checked"] = ""  # of a run without checks
+    kept.write_text(json.dumps(known) + "\n")
+    assert _benchmark()._kept(kept, checked=True) == {} and len(_benchmark()._kept(kept, checked=False)) == 1
