@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.connection
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -139,10 +140,11 @@ def run(names: list[str], checked: bool, jobs: int, kept: Path) -> list[Outcome]
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("networks", total=len(waiting))
 
-        def note(name: str, outcome: Outcome) -> None:
+        def note(name: str, outcome: Outcome, final: bool = True) -> None:
             done[name] = outcome
-            with kept.open("a") as file:
-                file.write(json.dumps(asdict(outcome)) + "\n")
+            if final:
+                with kept.open("a") as file:
+                    file.write("\n" + json.dumps(asdict(outcome)))
             if outcome.checked not in ("", "passed"):
                 bar.console.print(f"{name}: {outcome.checked}", markup=False)
             bar.advance(task)
@@ -161,18 +163,21 @@ def run(names: list[str], checked: bool, jobs: int, kept: Path) -> list[Outcome]
                     note(name, receiver.recv())
                 except EOFError:
                     process.join()
-                    note(name, _failed(name, f"its process ended with code {process.exitcode}", began))
+                    note(name, _failed(name, f"its process ended with code {process.exitcode}", began), final=False)
             for receiver, (name, process, began) in list(running.items()):
                 if time.monotonic() - began > SECONDS:
                     process.kill()
                     del running[receiver]
-                    note(name, _failed(name, f"took more than {SECONDS} s", began))
+                    note(name, _failed(name, f"took more than {SECONDS} s", began), final=False)
     return [done[n] for n in names]
 
 
 def _kept(file: Path, checked: bool) -> dict[str, Outcome]:
     """What an earlier run found out; of a run without checks nothing is of use to one with them."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with suppress(ValueError):  # the last line of a run that was killed
+            rows.append(json.loads(line))
     outcomes = [Outcome(**{**row, "coverage": Coverage(**row["coverage"])}) for row in rows]
     return {o.coverage.name: o for o in outcomes if not checked or o.checked or not o.coverage.blocks}
 

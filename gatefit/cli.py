@@ -173,12 +173,15 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that gatefit convert wrote; the first one's report.")],
     data: Annotated[str, typer.Option(help="Other images; default: those of the conversion.")] = "",
     block: Annotated[str, typer.Option(help="Block whose channels are shown; default: the most varied one.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: what there is.")] = "",
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Skip unreadable images.")] = False,
 ) -> None:
     """Write a page with pictures, report.html, into the first folder: its figures, compared with the others'."""
     with _session() as stdout:
+        _choose_device(device)
         from gatefit.convert import report_folders
 
-        page = report_folders(folders, data, block)
+        page = report_folders(folders, data, skip_corrupt, block)
         Console(file=stdout, markup=False).print(f"written: {page}", soft_wrap=True)
 
 
@@ -225,7 +228,7 @@ def bench(
         from gatefit.deployment.trial import run_bench
         from gatefit.display import show_bench
         from gatefit.files import write_json
-        from gatefit.report.run import BENCH
+        from gatefit.report.result import BENCH
 
         sizes = [int(b) if b.strip().isdigit() else 0 for b in batch.split(",")]
         if not all(sizes):
@@ -236,8 +239,11 @@ def bench(
             _print_json(stdout, measured)
         else:
             show_bench(Console(file=stdout, markup=False), timings, rows)
-        if Path(network).is_dir():
-            write_json(Path(network) / BENCH, measured)  # for the report
+        if Path(network).is_dir():  # for the report
+            try:
+                write_json(Path(network) / BENCH, measured)
+            except GatefitError as error:
+                Console(stderr=True, markup=False).print(f"note: not kept for the report: {error}", soft_wrap=True)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from gatefit.errors import CheckpointError, DataError, RecipeError
 from gatefit.evaluate import Evaluation, evaluate
 from gatefit.files import read_json, remove_tree, write_atomically, write_json, write_tensors
 from gatefit.finetune import finetune, train_dense
+from gatefit.gates import gates_of
 from gatefit.models import (
     InputSpec,
     ModelReference,
@@ -28,7 +29,7 @@ from gatefit.models import (
 )
 from gatefit.recipe import FinetunePart, Recipe, read_recipe, write_recipe
 from gatefit.report import write_report
-from gatefit.report.run import REPORT, Run, read_run
+from gatefit.report.result import REPORT, Result, read_result
 from gatefit.store import load, read_config, save
 from gatefit.surgery import retrofit
 from gatefit.training import Epoch, Progress, Report
@@ -105,17 +106,18 @@ def convert(
             resume=resume,
         )
         say(f"evaluating on {len(data.test)} images")
-        evaluation = evaluate(gated, data, model)
+        evaluation = evaluate(gated, data, model if trained else None)
         target = recipe.finetune.target
         if target is not None and abs(evaluation.share - target) > TOLERANCE:
             say(f"note: the target was {target}, the share reached on the test images is {evaluation.share:.3f}")
         summary = summarise(recipe, reference, evaluation, history, fitting)
         if main:
             _write(out, gated, model, recipe)
-            write_report(out, Run(out.resolve().name, summary, []), [], evaluation, data.test)
             write_json(out / REPORT, summary)  # marks the folder as complete
             for name in _CHECKPOINTS.values():
                 (out / name).unlink(missing_ok=True)
+            fresh = False
+            _write_page(out, summary, evaluation, data, say)
     except BaseException as error:
         resumable = isinstance(error, KeyboardInterrupt) and any((out / c).exists() for c in _CHECKPOINTS.values())
         if fresh and main and not resumable:
@@ -168,21 +170,26 @@ def evaluate_folder(folder: Path, data: str = "", skip_corrupt: bool = False) ->
     """
     opened = open_folder(folder, data, skip_corrupt)
     opened.gated.to(Accelerator().device)
-    evaluation = evaluate(opened.gated, opened.data, opened.original)
+    evaluation = evaluate(opened.gated, opened.data, opened.teacher)
     return evaluation, {"model": opened.name, **figures(evaluation)}
 
 
-def report_folders(folders: list[Path], data: str = "", block: str = "") -> Path:
-    """Write the report of the first folder, compared with the others; see `gatefit.report.write_report`.
+def report_folders(folders: list[Path], data: str = "", skip_corrupt: bool = False, block: str = "") -> Path:
+    """Write the page of the first folder, compared with the others; see `gatefit.report.write_report`.
 
     Raises:
         GatefitError: a folder or the data cannot be read, or there is no such block.
     """
-    runs = [read_run(folder) for folder in folders]
-    opened = open_folder(folders[0], data)
+    result, *others = (read_result(folder) for folder in folders)
+    opened = open_folder(folders[0], data, skip_corrupt)
+    known = [name for name, gate in gates_of(opened.gated).items() if gate.channel is not None]
+    if block and block not in known:
+        raise RecipeError(f"no block '{block}' with a channel gate; there are {', '.join(known) or 'none'}")
     opened.gated.to(Accelerator().device)
-    evaluation = evaluate(opened.gated, opened.data)
-    return write_report(folders[0], runs[0], runs[1:], evaluation, opened.data.test, block)
+    evaluation = evaluate(opened.gated, opened.data, opened.teacher)
+    if data:
+        result = replace(result, report={**result.report, **figures(evaluation), "data": data})
+    return write_report(folders[0], result, others, evaluation, opened.data.test, block)
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,13 @@ class Opened:
     gated: fx.GraphModule
     original: nn.Module | None
     data: Splits
+    trained: bool
+    """Whether the original had learnt anything; without weights or a baseline it had not."""
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The original, if there is anything to compare with it."""
+        return self.original if self.trained else None
 
 
 def open_folder(folder: Path, data: str = "", skip_corrupt: bool = False) -> Opened:
@@ -214,7 +228,8 @@ def open_folder(folder: Path, data: str = "", skip_corrupt: bool = False) -> Ope
     corrupt = "skip" if skip_corrupt else recipe.data.corrupt
     limit = 0 if data else recipe.data.limit
     splits = read_data(data or recipe.data.name, gated.meta["input"], corrupt, recipe.seed, limit)
-    return Opened(config["model"]["name"] if config["model"] else "", gated, original, splits)
+    trained = recipe.model.pretrained or bool(recipe.model.weights) or recipe.baseline.epochs > 0
+    return Opened(config["model"]["name"] if config["model"] else "", gated, original, splits, trained)
 
 
 def _histogram(evaluation: Evaluation, bins: int = 20) -> dict[str, list[float]]:
@@ -329,6 +344,16 @@ def _train_baseline(
         precision=recipe.finetune.precision,
     )
     train_dense(model, data.train, spec, settings, seed=recipe.seed, report=report, checkpoint=file, resume=resume)
+
+
+def _write_page(
+    out: Path, summary: dict[str, Any], evaluation: Evaluation, data: Splits, say: Callable[[str], None]
+) -> None:
+    """The page, without which the folder is complete too."""
+    try:
+        write_report(out, Result(out.resolve().name, summary, []), [], evaluation, data.test)
+    except Exception as error:
+        say(f"note: the page could not be written ({error}); everything else was, and gatefit report {out} tries again")
 
 
 def _write(out: Path, gated: fx.GraphModule, model: nn.Module, recipe: Recipe) -> None:

@@ -13,16 +13,7 @@ from gatefit.coverage import Coverage
 from gatefit.deployment.bench import Row, Timing
 from gatefit.deployment.plan import BlockPlan
 from gatefit.training import Progress as Step
-
-
-def mega(macs: float) -> str:
-    """MACs in millions."""
-    return f"{macs / 1e6:,.2f} M"
-
-
-def percent(share: float | None) -> str:
-    """A share in percent, or a dash where there is none."""
-    return "-" if share is None else f"{100 * share:.2f} %"
+from gatefit.units import mega, percent
 
 
 class TrainingBar(AbstractContextManager["TrainingBar"]):

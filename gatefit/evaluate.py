@@ -85,9 +85,9 @@ def evaluate(
     """
     spec = gated.meta["input"]
     images = as_images(data, spec).test
-    labelled = images.fits(output_count(gated, spec))
     if not len(images):
         raise DataError("there are no images to evaluate on")
+    labelled = images.fits(output_count(gated, spec))
     device = next(gated.parameters()).device
     costs = costs_of(gated, spec.shape)
     training = gated.training
@@ -95,7 +95,7 @@ def evaluate(
     teacher = copy.deepcopy(teacher).to(device).eval() if teacher is not None else None
     same = dense_right = 0
     sequential, parallel, answers, truth = [], [], [], []
-    opens: dict[str, list[Opens]] = {c.name: [] for c in costs.blocks}
+    opened_masks: dict[str, list[Tensor]] = {c.name: [] for c in costs.blocks}
     indices = torch.arange(len(images)).split(BATCH)
     done = 0
     for batch, labels, _ in loader(images, [i.tolist() for i in indices]):
@@ -111,12 +111,12 @@ def evaluate(
         sequential.append(macs_per_image(costs, opened).cpu())
         parallel.append(macs_per_image(costs, opened, "parallel").cpu())
         for name, o in opened.items():
-            opens[name].append(o)
+            opened_masks[name].append(_mask(o))
         done += len(labels)
         if report is not None:
             report(done, len(images))
     gated.train(training)
-    masks = {name: _masks(parts) for name, parts in opens.items()}
+    masks = {name: torch.cat(parts) for name, parts in opened_masks.items()}
     macs, answered, labels = torch.cat(sequential), torch.cat(answers), torch.cat(truth)
     return Evaluation(
         images=len(images),
@@ -128,26 +128,23 @@ def evaluate(
         macs_parallel=float(torch.cat(parallel).mean()),
         macs=macs,
         paths=len(torch.unique(torch.cat(list(masks.values()), 1), dim=0)),
-        gates=tuple(_use(name, masks[name], opens[name]) for name in masks),
+        gates=tuple(_use(name, mask) for name, mask in masks.items()),
         answers=answered,
         labels=labels if labelled else None,
         masks=masks,
     )
 
 
-def _masks(parts: list[Opens]) -> Tensor:
-    """(N, 1 + units) bool: whether the block ran, and which of its units."""
-    rows = []
-    for part in parts:
-        some = part.block if part.block is not None else part.channel
-        assert some is not None
-        block = part.block[:, None] if part.block is not None else torch.ones_like(some[:, :1])
-        channel = part.channel & block if part.channel is not None else block[:, :0]
-        rows.append(torch.cat([block, channel], 1).cpu())
-    return torch.cat(rows)
+def _mask(opens: Opens) -> Tensor:
+    """(B, 1 + units) bool: whether the block ran, and which of its units."""
+    some = opens.block if opens.block is not None else opens.channel
+    assert some is not None
+    block = opens.block[:, None] if opens.block is not None else torch.ones_like(some[:, :1])
+    channel = opens.channel & block if opens.channel is not None else block[:, :0]
+    return torch.cat([block, channel], 1).cpu()
 
 
-def _use(name: str, masks: Tensor, parts: list[Opens]) -> GateUse:
+def _use(name: str, masks: Tensor) -> GateUse:
     ran, channels = masks[:, 0], masks[:, 1:]
     units = channels.shape[1]
     among = channels[ran]

@@ -166,7 +166,7 @@ class GateClosing:
         if self.ramp:
             return
         self.gated.eval()
-        self._meet(price_threshold(s.l1, self.factor) if s.l1 else 0.0)
+        self._meet(price_threshold(s.l1 or 0.0, self.factor))
         if s.refit:
             refit(self.gated, self._some(min(s.refit, images_that_fit(self.gated))), self._ticking("refit"))
             self._meet()
@@ -202,7 +202,7 @@ class GateClosing:
         """Set the gates' weights anew, from what their units do for the network as it is by now."""
         s = self.settings
         self.factor = start_from_data(self.gated, self.images, seed=seed, tick=self._ticking("renew"))
-        self._meet(price_threshold(s.l1 * ramped**2, self.factor) if s.l1 else 0.0)
+        self._meet(price_threshold((s.l1 or 0.0) * ramped**2, self.factor), ramped)
         self.gated.train()
 
     @torch.no_grad()
@@ -216,8 +216,11 @@ class GateClosing:
             self._meet()
         self.gated.eval()
 
-    def _meet(self, shift: float = 0.0) -> None:
-        """Move the threshold to the target, or by `shift`; rounds, as later blocks see what earlier ones closed."""
+    def _meet(self, shift: float = 0.0, ramped: float = 1.0) -> None:
+        """Move the threshold to the target, the part `ramped` of the way there, or without a target by `shift`.
+
+        In rounds, as later blocks see what earlier ones closed.
+        """
         s = self.settings
         self.gated.eval()
         if s.target is None:
@@ -229,7 +232,7 @@ class GateClosing:
             shifts = []
             for batch in self._some(MEETING_IMAGES):
                 self.gated(batch)
-                shifts.append(threshold_for(self.gated, self.costs, s.target, s.keep))
+                shifts.append(threshold_for(self.gated, self.costs, 1 - (1 - s.target) * ramped, s.keep))
             lower(self.gated, sum(shifts) / len(shifts), s.keep)
 
     def _some(self, count: int, augmented: bool = False) -> Iterator[Tensor]:

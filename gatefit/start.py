@@ -21,6 +21,7 @@ from gatefit.data import ImageSet, normalise
 from gatefit.errors import TrainingError
 from gatefit.gates import Gate, gates_of, harden, scale
 from gatefit.penalty import unit_weights
+from gatefit.training import loader
 
 Tick = Callable[[int, int], None]
 """Told after each step of long work: steps done, and of how many."""
@@ -114,11 +115,10 @@ def start_from_data(
     rows: dict[str, list[tuple[Tensor, list[Tensor | None], list[Tensor | None]]]] = {n: [] for n in gates_of(gated)}
     means: dict[str, list[Tensor]] = {n: [] for n in gates_of(gated)}
     entropies: list[Tensor] = []
-    batches = chosen.split(batch)
-    for done, indices in enumerate(batches, 1):
+    batches = [b.tolist() for b in chosen.split(batch)]
+    for done, (pixels, _, _) in enumerate(loader(images, batches), 1):
         probe = _Probe(gated)
-        pixels = images.__getitems__(indices.tolist())[0].to(device)
-        logits = probe.run(normalise(pixels, gated.meta["input"]))
+        logits = probe.run(normalise(pixels.to(device), gated.meta["input"]))
         if not bool(logits.isfinite().all()):
             raise TrainingError("the network's outputs are not finite; check its weights, or lower the learning rate")
         labels = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(device)
@@ -135,11 +135,11 @@ def start_from_data(
             )
         tick(done, len(batches))
     hardness = torch.cat(entropies)
-    hardness = (hardness - hardness.mean()) / hardness.std().clamp_min(1e-12)
+    hardness = (hardness - hardness.mean()) / hardness.std(correction=0).clamp_min(1e-12)
     fits: list[tuple[nn.Linear, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
     spread: list[Tensor] = []
     weights = unit_weights(gated)
-    damage = _block_damage(gated, images, chosen[: count // 16])
+    damage = _block_damage(gated, images, chosen[: count // 16], batch)
     for name, gate in gates_of(gated).items():
         pooled = torch.cat([r[0] for r in rows[name]]).double()
         hard = _ridge(pooled, hardness[:, None])
@@ -148,7 +148,7 @@ def start_from_data(
                 continue
             activation = torch.cat([r[1][kind] for r in rows[name]]).double()  # type: ignore[misc]
             if kind == 0:
-                rise = 2 * damage[name]
+                rise = torch.tensor(2 * damage[name], dtype=torch.float64, device=device)
             else:
                 rise = torch.cat([r[2][kind] for r in rows[name]]).double().square().mean(0)  # type: ignore[misc]
             fisher = (rise / activation.square().mean(0).clamp_min(1e-12)).sqrt()
@@ -186,22 +186,22 @@ def _start_fill(gated: fx.GraphModule, gate: Gate, predicted: Tensor, mean: Tens
 
 
 @torch.no_grad()
-def _block_damage(gated: fx.GraphModule, images: ImageSet, chosen: Tensor) -> dict[str, Tensor]:
+def _block_damage(gated: fx.GraphModule, images: ImageSet, chosen: Tensor, batch: int) -> dict[str, float]:
     """Mean KL divergence between the network's predictions with each gated block run and skipped."""
+    names = [name for name, gate in gates_of(gated).items() if gate.block is not None]
+    damage = dict.fromkeys(names, 0.0)
+    if not names:
+        return damage
     device = next(gated.parameters()).device
-    x = normalise(images.__getitems__(chosen.tolist())[0].to(device), gated.meta["input"])
-
-    def log_probabilities(name: str, salience: float) -> Tensor:
-        given: Tensor = _Probe(gated, functools.partial(_forced, name, salience)).run(x)
-        return given.double().log_softmax(1)
-
-    return {
-        name: nn.functional.kl_div(
-            log_probabilities(name, 0.0), log_probabilities(name, 1.0), log_target=True, reduction="batchmean"
-        )
-        for name, gate in gates_of(gated).items()
-        if gate.block is not None
-    }
+    for pixels, _, _ in loader(images, [b.tolist() for b in chosen.split(batch)]):
+        x = normalise(pixels.to(device), gated.meta["input"])
+        for name in names:
+            skipped, run = (
+                _Probe(gated, functools.partial(_forced, name, s)).run(x).double().log_softmax(1) for s in (0.0, 1.0)
+            )
+            divergence = nn.functional.kl_div(skipped, run, log_target=True, reduction="sum")
+            damage[name] += float(divergence) / len(chosen)
+    return damage
 
 
 def _forced(name: str, salience: float, gate: Gate, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -96,6 +96,12 @@ def test_gates_are_renewed_in_the_first_two_thirds(dense, digits):
     assert gatefit.evaluate(gated, digits).share == pytest.approx(0.6, abs=0.02)
 
 
+def test_renewed_gates_keep_to_the_ramp(dense, digits):
+    gated = gate(dense, "c")
+    history = gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=3, renew=2, ramp=0.9))
+    assert history[1].share > 0.7  # 0.85 at its begin, 0.70 at its end
+
+
 def test_a_start_measures_the_network_as_it_runs(dense, digits):
     gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "lc", "step", fill=True)
     gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=0))

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from gatefit.data import ImageSet
-from gatefit.errors import GatefitError
 from gatefit.evaluate import Evaluation, GateUse
 from gatefit.report import pictures, write_report
-from gatefit.report.run import Run
+from gatefit.report.result import Result
 
 TITLES = ["accuracy", "macs", "extremes", "gates", "classes", "channels", "training", "time"]
 HISTORY = [{"epoch": e, "loss": 2.0 / e, "accuracy": 0.5 + 0.1 * e, "share": 0.6, "lr": 0.1} for e in (1, 2, 3)]
@@ -34,17 +33,17 @@ def case(blocks=8, classes=10, images=40, units=6, block_gates=True):
     return evaluation, data
 
 
-def run(name="mine", history=HISTORY, bench=BENCH, data="cifar10", accuracy=0.75):
-    summary = {
+def result(name="mine", history=HISTORY, bench=BENCH, data="cifar10", accuracy=0.75):
+    report = {
         "model": "resnet<8>", "data": data, "seed": 0, "images": 40, "history": history,
         "dense": {"accuracy": 0.9, "macs": 1000},
         "gated": {"accuracy": accuracy, "agreement": 0.8, "macs_sequential": 600.0, "macs_parallel": 700.0},
     }  # fmt: skip
-    return Run(name, summary, bench)
+    return Result(name, report, bench)
 
 
 def test_the_page_is_whole_and_needs_no_other_file(tmp_path):
-    page = write_report(tmp_path, run(), [run("other")], *case()).read_text()
+    page = write_report(tmp_path, result(), [result("other")], *case()).read_text()
     assert re.findall(r'<img src="(data:image/png;base64),', page) == ["data:image/png;base64"] * len(TITLES)
     assert not re.search(r"(src|href)=.(?!data:)", page) and "resnet&lt;8&gt;" in page
     assert {f.name for f in tmp_path.iterdir()} == {"report.html", *(f"{t}.png" for t in TITLES)}
@@ -53,7 +52,7 @@ def test_the_page_is_whole_and_needs_no_other_file(tmp_path):
 def test_what_is_missing_is_said(tmp_path):
     evaluation, data = case()
     evaluation = replace(evaluation, labels=None, accuracy=None, dense_accuracy=None)
-    page = write_report(tmp_path, run(history=[], bench=[], accuracy=None), [], evaluation, data.unlabelled())
+    page = write_report(tmp_path, result(history=[], bench=[], accuracy=None), [], evaluation, data.unlabelled())
     words = page.read_text()
     for word in ("no accuracy without labels", "no labels that fit", "There was no training", "Not timed"):
         assert word in words
@@ -64,7 +63,7 @@ def test_what_is_missing_is_said(tmp_path):
 @pytest.mark.parametrize("block_gates", [True, False])
 def test_any_number_of_blocks_and_classes(tmp_path, blocks, classes, images, block_gates):
     evaluation, data = case(blocks, classes, images, block_gates=block_gates)
-    assert write_report(tmp_path, run(), [], evaluation, data).is_file()
+    assert write_report(tmp_path, result(), [], evaluation, data).is_file()
 
 
 def test_the_heat_maps_show_the_shares():
@@ -81,13 +80,17 @@ def test_blocks_that_always_run_are_shown_by_their_channels():
     evaluation, data = case(blocks=2, block_gates=False)
     shown = pictures.blocks_by_class(evaluation, data.labels, data.classes).axes[0].images[0].get_array()
     wanted = evaluation.masks["layer0"][data.labels == 0][:, 1:].float().mean()
-    assert shown[0, 0] == pytest.approx(float(wanted)) and "channels" in pictures.meaning(evaluation)
+    assert shown[0, 0] == pytest.approx(float(wanted))
 
 
 def test_published_figures_stand_beside_the_same_data_alone():
-    assert "published" in str([t.get_label() for t in pictures.accuracy_against_macs(run(), []).axes[0].lines])
-    shown = pictures.accuracy_against_macs(run(data="digits"), [run("other")]).axes[0].lines
+    assert "published" in str([t.get_label() for t in pictures.accuracy_against_macs(result(), []).axes[0].lines])
+    shown = pictures.accuracy_against_macs(result(data="digits"), [result("other")]).axes[0].lines
     assert "published" not in str([t.get_label() for t in shown])
+    for data in ("torch/cifar100", "imagenette", "/my/cifar10/digits"):
+        assert "published" not in str(
+            [t.get_label() for t in pictures.accuracy_against_macs(result(data=data), []).axes[0].lines]
+        )
 
 
 def test_extremes_are_the_fewest_and_the_most():
@@ -97,7 +100,13 @@ def test_extremes_are_the_fewest_and_the_most():
     assert f"class {least % 10}" in titles[0] and f"class {most % 10}" in titles[len(titles) // 2]
 
 
-def test_an_unknown_block_is_named(tmp_path):
-    with pytest.raises(GatefitError, match="no block 'layer99' with channel gates; there are layer0"):
-        write_report(tmp_path, run(), [], *case(), block="layer99")
-    assert not list(tmp_path.iterdir())
+def test_block_gates_alone_are_shown_as_blocks():
+    evaluation, data = case(blocks=2, units=0, block_gates=False)
+    shown = pictures.blocks_by_class(evaluation, data.labels, data.classes).axes[0].images[0].get_array()
+    assert shown.min() == 1 and pictures.most_varied(evaluation) == ""
+
+
+def test_pictures_of_an_earlier_page_go(tmp_path):
+    write_report(tmp_path, result(), [], *case())
+    write_report(tmp_path, result(bench=[]), [], *case())
+    assert not (tmp_path / "time.png").exists() and (tmp_path / "macs.png").exists()

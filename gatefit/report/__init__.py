@@ -6,26 +6,25 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from gatefit.data import ImageSet
-from gatefit.errors import GatefitError
 from gatefit.evaluate import Evaluation
 from gatefit.files import write_atomically
 from gatefit.report import pictures
 from gatefit.report.page import Section, png, render
-from gatefit.report.run import Run
+from gatefit.report.result import Result
 
 PAGE = "report.html"
 
 
 def write_report(
-    folder: Path, run: Run, others: list[Run], evaluation: Evaluation, images: ImageSet, block: str = ""
+    folder: Path, result: Result, others: list[Result], evaluation: Evaluation, images: ImageSet, block: str = ""
 ) -> Path:
-    """Write `report.html` and its pictures, as PNG, into `folder`.
+    """Write `report.html` and its pictures, as PNG, into `folder`; pictures that it no longer has are removed.
 
     Args:
-        folder: of the run.
-        run: what the page is about.
-        others: runs to compare it with.
-        evaluation: of the run, on `images`.
+        folder: of the result.
+        result: what the page is about.
+        others: results to compare it with.
+        evaluation: of the result, on `images`.
         images: those that were evaluated.
         block: whose channels are shown; by default the one in which images differ most.
 
@@ -33,20 +32,20 @@ def write_report(
         The page.
 
     Raises:
-        GatefitError: there is no such block, or the folder cannot be written.
+        GatefitError: the folder cannot be written.
     """
-    known = [g.name for g in evaluation.gates if g.units]
-    if block and block not in known:
-        raise GatefitError(f"no block '{block}' with channel gates; there are {', '.join(known) or 'none'}")
-    sections = []
-    for section, figure in _sections(run, others, evaluation, images, block):
-        if figure is not None:
-            picture = png(figure)
-            write_atomically(folder / f"{section.file}.png", partial(_write_bytes, picture))
-            section = section.with_picture(picture)
-        sections.append(section)
-    text = render(run.name, run.summary, sections)
-    write_atomically(folder / PAGE, lambda file: file.write_text(text))
+    sections = [
+        section if figure is None else section.with_picture(png(figure))
+        for section, figure in _sections(result, others, evaluation, images, block)
+    ]
+    text = render(result.name, result.report, sections)
+    for section in sections:
+        file = folder / f"{section.file}.png"
+        if section.picture:
+            write_atomically(file, partial(_write_bytes, section.picture))
+        else:
+            file.unlink(missing_ok=True)
+    write_atomically(folder / PAGE, partial(_write_bytes, text.encode()))
     return folder / PAGE
 
 
@@ -55,18 +54,23 @@ def _write_bytes(data: bytes, file: Path) -> None:
 
 
 def _sections(
-    run: Run, others: list[Run], evaluation: Evaluation, images: ImageSet, block: str
+    result: Result, others: list[Result], evaluation: Evaluation, images: ImageSet, block: str
 ) -> list[tuple[Section, Figure | None]]:
     """Each part of the page with its picture, or with a word on why there is none."""
     labels, classes = evaluation.labels, images.classes
     chosen = block or pictures.most_varied(evaluation)
+    meaning = "No block is ever skipped whole: mean share of each block's channels that the images of a class open."
+    if pictures.are_skipped(evaluation):
+        meaning = "Share of the images of a class that run each block."
     by_class = "There are no labels that fit the network's classes: nothing to tell apart here."
     return [
         (
             Section("accuracy", "Accuracy against work", "Up and to the left is better. MACs are means per image, "
                     "gates included; sequential placement (filled) and parallel placement (hollow).",
                     "There is no accuracy without labels."),
-            pictures.accuracy_against_macs(run, others) if evaluation.accuracy is not None else None,
+            pictures.accuracy_against_macs(result, others)
+            if result.report["gated"]["accuracy"] is not None
+            else None,
         ),
         (
             Section("macs", "Work of each image", f"{evaluation.paths:,} different paths through the network were "
@@ -84,7 +88,7 @@ def _sections(
             pictures.lives(evaluation),
         ),
         (
-            Section("classes", "What each class runs", pictures.meaning(evaluation), by_class),
+            Section("classes", "What each class runs", meaning, by_class),
             pictures.blocks_by_class(evaluation, labels, classes) if labels is not None else None,
         ),
         (
@@ -96,12 +100,12 @@ def _sections(
         ),
         (
             Section("training", "Training", "Means of each epoch. The share of MACs is what the hard gates ran.",
-                    "There was no training: the start from data and the refit made this network."),
-            pictures.training(run.summary["history"]) if run.summary["history"] else None,
+                    "There was no training."),
+            pictures.training(result.report["history"]) if result.report["history"] else None,
         ),
         (
             Section("time", "Work and time", "Of the deployed network, as shares of the original in its fastest "
-                    "form on the same machine.", "Not timed: gatefit bench DIR does that."),
-            pictures.time(run.bench) if run.bench else None,
+                    "form on the same machine.", "Not timed: run gatefit bench DIR, then gatefit report DIR."),
+            pictures.time(result.bench) if result.bench else None,
         ),
     ]  # fmt: skip

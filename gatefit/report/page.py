@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gatefit.display import mega, percent
+from gatefit.units import mega, percent
 
 _STYLE = """
 :root { color-scheme: light }
@@ -48,14 +48,14 @@ def png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def render(name: str, summary: dict[str, Any], sections: list[Section]) -> str:
+def render(name: str, report: dict[str, Any], sections: list[Section]) -> str:
     """The whole page, which needs no other file."""
-    title = html.escape(f"{name}: {summary['model']}")
+    title = html.escape(f"{name}: {report['model']}")
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>",
         f"<h1>{title}</h1>",
-        f"<p>{summary['images']:,} images of {html.escape(summary['data'])}, seed {summary['seed']}.</p>",
-        _table(summary),
+        f"<p>{report['images']:,} images of {html.escape(report['data'])}, seed {report['seed']}.</p>",
+        _table(report),
     ]
     for section in sections:
         text = section.text if section.picture else section.missing
@@ -67,9 +67,9 @@ def render(name: str, summary: dict[str, Any], sections: list[Section]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _table(summary: dict[str, Any]) -> str:
-    dense, gated = summary["dense"], summary["gated"]
-    rows = [("original", dense["accuracy"], 1.0, dense["macs"])]
+def _table(report: dict[str, Any]) -> str:
+    dense, gated = report["dense"], report["gated"]
+    rows = [("original", dense["accuracy"], None if gated["agreement"] is None else 1.0, dense["macs"])]
     for placement in ("sequential", "parallel"):
         rows.append((f"gated, {placement}", gated["accuracy"], gated["agreement"], gated[f"macs_{placement}"]))
     cells = [

@@ -1,5 +1,6 @@
 """The pictures of a report, as matplotlib figures: figures of a run in, nothing drawn to a screen."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gatefit.data import ImageSet
 from gatefit.evaluate import Evaluation
-from gatefit.report.run import Run
+from gatefit.report.result import Result
 
 BLUE, ORANGE, GREEN, GREY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#777777", "#CC79A7"
 """Of Okabe and Ito's palette, which the colour-blind can tell apart."""
@@ -31,27 +32,27 @@ PUBLISHED = {
     },
     "imagenet": {"ResNet-50, dense": (4.09e9, 0.753), "LC-Net (ResNet-50)": (2.89e9, 0.741)},
 }
-"""MACs and accuracy of Table I of the paper, arXiv 2007.15151."""
+"""By name of the data, MACs and accuracy of Table I of the paper, arXiv 2007.15151."""
 
 
-def accuracy_against_macs(run: Run, others: list[Run]) -> Figure:
-    """The dense network, this run, other runs, and what the paper published on the same data."""
+def accuracy_against_macs(result: Result, others: list[Result]) -> Figure:
+    """The dense network, this result, others, and what the paper published on the same data."""
     figure, axes = _figure(8, 4.6)
-    _original(axes, run, "black", "original")
-    for i, shown in enumerate([run, *others]):
-        gated = shown.summary["gated"]
+    _original(axes, result, "black", "original")
+    for i, shown in enumerate([result, *others]):
+        gated = shown.report["gated"]
         if gated["accuracy"] is None:
             continue
-        colour = BLUE if shown is run else OTHERS[(i - 1) % len(OTHERS)]
+        colour = BLUE if shown is result else OTHERS[(i - 1) % len(OTHERS)]
         both = [gated["macs_sequential"], gated["macs_parallel"]]
         axes.plot(both, [gated["accuracy"]] * 2, "-", color=colour, lw=1)
-        axes.plot(both[:1], [gated["accuracy"]], "o", color=colour, ms=10 if shown is run else 7, label=shown.name)
+        axes.plot(both[:1], [gated["accuracy"]], "o", color=colour, ms=10 if shown is result else 7, label=shown.name)
         axes.plot(both[1:], [gated["accuracy"]], "o", color=colour, mfc="white", ms=7)
-        if shown.summary["dense"] != run.summary["dense"]:
+        if shown.report["dense"] != result.report["dense"]:
             _original(axes, shown, colour, f"original of {shown.name}")
-    for data, points in PUBLISHED.items():
-        if data in str(run.summary["data"]).lower():
-            _published(axes, points)
+    points = PUBLISHED.get(Path(result.report["data"]).name.lower().replace("-", ""))
+    if points is not None:
+        _published(axes, points)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
     axes.xaxis.set_major_formatter(lambda macs, _: f"{macs / 1e6:,.4g} M")
@@ -65,8 +66,8 @@ def accuracy_against_macs(run: Run, others: list[Run]) -> Figure:
     return figure
 
 
-def _original(axes: Axes, run: Run, colour: str, label: str) -> None:
-    dense = run.summary["dense"]
+def _original(axes: Axes, result: Result, colour: str, label: str) -> None:
+    dense = result.report["dense"]
     if dense["accuracy"] is not None:
         axes.plot(dense["macs"], dense["accuracy"], "s", color=colour, ms=9, label=label)
 
@@ -84,7 +85,8 @@ def histogram(evaluation: Evaluation) -> Figure:
     """How many images take how many MACs."""
     figure, axes = _figure(8, 3.2)
     macs = evaluation.macs / 1e6
-    axes.hist(macs.numpy(), bins=40, color=BLUE)
+    low, high = float(macs.min()), float(macs.max())
+    axes.hist(macs.numpy(), bins=40 if high - low > 1e-6 * high else 1, color=BLUE)
     axes.axvline(float(macs.mean()), color=ORANGE, lw=2, label=f"mean {float(macs.mean()):,.2f} M")
     dense = evaluation.dense_macs / 1e6
     axes.axvline(dense, color="black", ls="--", label=f"original {dense:,.2f} M")
@@ -135,23 +137,21 @@ def lives(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def meaning(evaluation: Evaluation) -> str:
-    """What the heat map of `blocks_by_class` shows."""
-    if any(bool((~m[:, 0]).any()) for m in evaluation.masks.values()):
-        return "Share of the images of a class that run each block."
-    return "No block is ever skipped whole: mean share of each block's channels that the images of a class open."
+def are_skipped(evaluation: Evaluation) -> bool:
+    """Whether some image skips some block whole."""
+    return any(bool((~mask[:, 0]).any()) for mask in evaluation.masks.values())
 
 
 def blocks_by_class(evaluation: Evaluation, labels: Tensor, classes: tuple[str, ...]) -> Figure:
     """Heat map: per block and class, the share of images that run it (or of channels, if all blocks always run)."""
-    skipped = any(bool((~m[:, 0]).any()) for m in evaluation.masks.values())
-    shares = {n: m[:, 0].float() if skipped else m[:, 1:].float().mean(1) for n, m in evaluation.masks.items()}
+    skipped = are_skipped(evaluation)
+    shares = {n: (m[:, :1] if skipped else _units(m)).float().mean(1) for n, m in evaluation.masks.items()}
     present = labels.unique().tolist()
     table = torch.stack([torch.stack([s[labels == c].mean() for c in present]) for s in shares.values()])
     figure, axes = _figure(9, 1.6 + 0.22 * len(shares))
     _heat(figure, axes, table, "images that run the block" if skipped else "channels open")
     _block_ticks(axes, list(shares))
-    _class_ticks(axes.xaxis, [_class_name(classes, c) for c in present])
+    _class_ticks(axes.xaxis, present, classes)
     return figure
 
 
@@ -162,7 +162,7 @@ def channels_by_class(evaluation: Evaluation, labels: Tensor, classes: tuple[str
     table = torch.stack([mask[labels == c].mean(0) for c in present])
     figure, axes = _figure(9, 1.6 + 0.25 * min(len(present), 24))
     _heat(figure, axes, table, "images that open it")
-    _class_ticks(axes.yaxis, [_class_name(classes, c) for c in present])
+    _class_ticks(axes.yaxis, present, classes)
     units = evaluation.masks[block].shape[1] - 1
     axes.set_xlabel(f"channel of {block}" + (f" (the first {CHANNELS} of {units})" if units > CHANNELS else ""))
     axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
@@ -232,12 +232,14 @@ def _block_ticks(axes: Axes, names: list[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def _class_ticks(axis: Any, names: list[str]) -> None:
-    """The names of up to 24 classes; of more, only their numbers."""
-    if len(names) > 24:
+def _class_ticks(axis: Any, present: list[int], classes: tuple[str, ...]) -> None:
+    """The names of up to 24 classes; of more, their numbers, and not all."""
+    if len(present) > 24:
         axis.set_major_locator(MaxNLocator(12, integer=True))
-        axis.set_label_text("class")
+        axis.set_major_formatter(lambda at, _: str(present[int(at)]) if 0 <= at < len(present) else "")
+        axis.set_label_text("number of the class")
         return
+    names = [_class_name(classes, c) for c in present]
     axis.set_ticks(range(len(names)), names, fontsize=8)
     if axis.axis_name == "x" and max(map(len, names)) > 4:
         for label in axis.get_ticklabels():
@@ -257,5 +259,10 @@ def _caption(evaluation: Evaluation, images: ImageSet, index: int) -> str:
 
 
 def _open(evaluation: Evaluation) -> list[float]:
-    """Mean share of each block's units that is open; of a block without units, of images that run it."""
-    return [float((m[:, 1:] if m.shape[1] > 1 else m).float().mean()) for m in evaluation.masks.values()]
+    """Mean share of each block's units that is open."""
+    return [float(_units(mask).float().mean()) for mask in evaluation.masks.values()]
+
+
+def _units(mask: Tensor) -> Tensor:
+    """The columns of the units, closed where the block is; of a block without units, the column of the block."""
+    return mask[:, 1:] if mask.shape[1] > 1 else mask
