@@ -142,7 +142,7 @@ def start_from_data(
     damage = _block_damage(gated, images, chosen[: count // 16], batch)
     for name, gate in gates_of(gated).items():
         pooled = torch.cat([r[0] for r in rows[name]]).double()
-        hard = _ridge(pooled, hardness[:, None])
+        hard = _guess(pooled, hardness[:, None])
         for kind, fc in enumerate((gate.block, gate.channel)):
             if fc is None:
                 continue
@@ -208,6 +208,22 @@ def _forced(name: str, salience: float, gate: Gate, x: Tensor) -> tuple[Tensor |
     """What a gate gives, but for the block `name` that salience."""
     block, channel, fill = gate(x)
     return torch.full_like(block, salience) if gate.of.name == name and block is not None else block, channel, fill
+
+
+def _guess(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """`_ridge` for what the inputs say little of, `wanted` of mean 0: only as much of it as holds for other images.
+
+    The slope of the truth over a guess from one half of the images is measured on the other half; a fit to all of
+    them has half of its noise.
+    """
+    half = len(inputs) // 2
+    weight, bias = _ridge(inputs[:half], wanted[:half])
+    guess = inputs[half:] @ weight.T + bias
+    guess = guess - guess.mean(0)
+    slope = float((guess * wanted[half:]).sum() / guess.square().sum().clamp_min(1e-12))
+    kept = 2 / (1 + 1 / min(1.0, slope)) if slope > 0 else 0.0
+    weight, bias = _ridge(inputs, wanted)
+    return kept * weight, kept * bias
 
 
 def _ridge(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

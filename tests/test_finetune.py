@@ -23,7 +23,7 @@ from gatefit.gates import gates_of, outputs_of
 from gatefit.models import InputSpec
 from gatefit.recipe import FinetunePart
 from gatefit.refit import refit
-from gatefit.start import _Probe, start_from_data
+from gatefit.start import _guess, _Probe, _ridge, start_from_data
 from gatefit.training import Trainer, _optimizer, augment, recalibrate
 
 SPEC = InputSpec((3, 8, 8), (0.3,) * 3, (0.35,) * 3)
@@ -251,6 +251,15 @@ def _floats(digits, start):
     from gatefit.data import normalise
 
     return normalise(digits.train.__getitems__(list(range(start, start + 100)))[0], SPEC)
+
+
+def test_a_guess_keeps_what_holds_for_other_images():
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 60, generator=random, dtype=torch.float64)
+    noise = torch.randn(200, 1, generator=random, dtype=torch.float64)
+    noise -= noise.mean()
+    assert _guess(inputs, noise)[0].norm() < 0.5 * _ridge(inputs, noise)[0].norm()
+    assert torch.allclose(_guess(inputs, inputs[:, :1])[0], _ridge(inputs, inputs[:, :1])[0], rtol=0.01, atol=0.01)
 
 
 def test_threshold_meets_the_share_on_its_batch(dense, digits):
