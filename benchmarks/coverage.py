@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import multiprocessing.connection
+import os
 import time
 from collections import defaultdict
 from contextlib import suppress
@@ -33,8 +34,6 @@ from gatefit.models import ModelReference, build, input_spec, names_like, parse_
 
 SECONDS = 300
 SIDE = 64
-MIDDLE = 112
-"""Networks of one size alone are built for this one where their builder takes `img_size`."""
 MOST_PARAMETERS = 350_000_000
 """Networks above are not checked: a check holds five copies of the weights."""
 ONE_SIZE = "passed at one size"
@@ -79,13 +78,13 @@ def check(name: str) -> str:
 
 
 def _convert(reference: ModelReference) -> tuple[nn.Module, fx.GraphModule, tuple[int, ...]]:
-    """A network, its conversion, and the shape of the example: the smallest images that it takes."""
-    small: list[tuple[dict[str, int], int]] = [({}, SIDE), ({"img_size": MIDDLE}, MIDDLE)]
-    for arguments, side in small:
+    """A network, its conversion, and the shape of the example: small images if it takes them or is built for them."""
+    small: tuple[dict[str, int], ...] = ({}, {"img_size": SIDE})
+    for arguments in small:
         try:
             network = build(replace(reference, arguments=arguments))
             channels, *sides = input_spec(network).shape
-            shape = (2, channels, *(min(side, s) for s in sides))
+            shape = (2, channels, *(min(SIDE, s) for s in sides))
             return network, gatefit.retrofit(network, torch.zeros(shape)), shape
         except gatefit.GatefitError:
             continue
@@ -133,6 +132,7 @@ def main() -> None:
 
 def run(names: list[str], checked: bool, jobs: int, kept: Path) -> list[Outcome]:
     """One process for each name, `jobs` at a time; those that stand in `kept` already are not run again."""
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # a third of the time was page faults
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gatefit.coverage", "gatefit.surgery"])
     done = _kept(kept, checked)

@@ -20,7 +20,6 @@ from gatefit.deployment.folder import this_machine
 from gatefit.files import write_atomically, write_json
 
 ROOT = Path(__file__).parent.parent
-SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,13 @@ class Case:
     network: str
     batches: tuple[int, ...]
     rounds: int
+    share: float = 0.5
+    """Of the MACs, that the gates leave; 1 is a placebo, which must show no gain."""
 
 
 CASES = (
     Case("examples/cifar_resnet.py:resnet18", (1, 32), 60),
+    Case("examples/cifar_resnet.py:resnet18", (1, 32), 60, share=1.0),
     Case("timm/resnet50", (1, 8), 20),
     Case("timm/mobilenetv2_100", (1, 32), 30),
 )
@@ -51,7 +53,7 @@ def main() -> None:
         if options.pattern in case.network:
             for threads in options.threads:
                 rows += [{"network": case.network} | row for row in run(case, threads)]
-    content = {"machine": asdict(this_machine()), "what_if": SHARE, "rows": rows}
+    content = {"machine": asdict(this_machine()), "rows": rows}
     write_json(options.out.with_suffix(".json"), content)
     write_atomically(options.out, lambda file: file.write_text(report(content)))
     Console().print(f"written: {options.out}", markup=False)
@@ -60,7 +62,7 @@ def main() -> None:
 def run(case: Case, threads: int) -> list[dict[str, object]]:
     """The rows of `gatefit bench`."""
     sizes = ",".join(map(str, case.batches))
-    command = [sys.executable, "-m", "gatefit", "bench", case.network, "--what-if", str(SHARE), "--batch", sizes]
+    command = [sys.executable, "-m", "gatefit", "bench", case.network, "--what-if", str(case.share), "--batch", sizes]
     command += ["--threads", str(threads), "--rounds", str(case.rounds), "--json"]
     Console(stderr=True).print(f"{case.network}, {threads} threads", markup=False)
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
@@ -73,7 +75,7 @@ def report(content: dict[str, Any]) -> str:
     machine = content["machine"]
     head = (
         "# Speed\n\nWritten by `python benchmarks/latency.py`. Gates without training close "
-        f"{1 - content['what_if']:.0%} of the MACs (`gatefit bench MODEL --what-if {content['what_if']}`); inputs are "
+        "half of the MACs (`gatefit bench MODEL --what-if 0.5`), or nothing (`--what-if 1`, a placebo); inputs are "
         "random. Each dynamic engine stands beside the fastest form of the original in the same run; times are medians "
         "of interleaved rounds. Realised is (1 - time share) / (1 - MACs share): 1 where all that is saved shows, "
         "negative where the dynamic network is slower.\n\n"
@@ -84,10 +86,15 @@ def report(content: dict[str, Any]) -> str:
     lines = [
         f"| {r['network'].split('/')[-1].split(':')[-1]} | {r['threads']} | {r['batch']} | {r['dense_engine']} "
         f"| {r['dense_ms']:.2f} | {r['engine']} | {r['dynamic_ms']:.2f} | {r['macs_share']:.3f} "
-        f"| {r['time_share']:.3f} | {r['realised']:.2f} | {r['max_abs_diff']:.0e} |"
+        f"| {r['time_share']:.3f} | {realised(r)} | {r['max_abs_diff']:.0e} |"
         for r in content["rows"]
     ]
     return head + "\n".join(lines) + "\n"
+
+
+def realised(row: dict[str, Any]) -> str:
+    """A dash for a placebo, which has nothing to realise."""
+    return f"{row['realised']:.2f}" if row["macs_share"] < 0.99 else "-"
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def bench(
     network: Annotated[str, typer.Argument(help="A folder that gatefit convert wrote, or with --what-if a model.")],
     data: Annotated[str, typer.Option(help="Images to run; default: those of the conversion.")] = "",
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,8",
-    what_if: Annotated[float | None, typer.Option(help="Close at random until this share of MACs is left.")] = None,
+    what_if: Annotated[float | None, typer.Option(help="Share of the MACs to leave, at random; 1: a placebo.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: as torch has chosen.")] = 0,
     rounds: Annotated[int, typer.Option(help="Rounds in which every engine runs once.")] = 60,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

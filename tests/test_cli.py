@@ -118,6 +118,8 @@ def test_deploy_and_bench(converted, tmp_path):
     (folder / "bench.json").unlink()
     assert "no folder" in refused("bench", f"{EXAMPLE}:resnet8")
     assert "between 0 and 1" in refused("bench", f"{EXAMPLE}:resnet8", "--what-if", "2")
+    placebo = gatefit("bench", f"{EXAMPLE}:resnet8", "--what-if", "1", "--batch", "2", "--rounds", "2", "--json")
+    assert all(r["macs_share"] >= 1 and r["max_abs_diff"] < 1e-4 for r in json.loads(placebo.stdout)["rows"])
     assert "--batch must be" in refused("bench", folder, "--batch", "x")
     assert "no file" in refused("deploy", tmp_path)
 

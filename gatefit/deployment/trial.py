@@ -58,7 +58,7 @@ def _folder(folder: Path, data: str) -> tuple[nn.Module, fx.GraphModule, Tensor]
 
 
 def _what_if(name: str, share: float) -> tuple[nn.Module, fx.GraphModule, Tensor]:
-    if not 0 < share < 1:
+    if not 0 < share <= 1:
         raise DeployError(f"--what-if must lie between 0 and 1, not {share}")
     torch.manual_seed(0)
     model = build(parse_reference(name)).eval()
@@ -66,5 +66,6 @@ def _what_if(name: str, share: float) -> tuple[nn.Module, fx.GraphModule, Tensor
     gated = retrofit(model, torch.zeros(2, *shape), "lc", "step").eval()
     # Noise with a colour of its own for each image: without it all images look alike once they are pooled.
     images = torch.randn(IMAGES, *shape) + torch.randn(IMAGES, shape[0], 1, 1)
-    set_share(gated, images, share)
+    if share < 1:  # 1 is the placebo: gates that are always open, and nothing to gain
+        set_share(gated, images, share)
     return model, gated, images
