@@ -76,9 +76,13 @@ class ShapeTracer(fx.Tracer):
         return _ShapedProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        """Sizes become their nodes."""
+        """Sizes, and what is computed from them, become nodes."""
         if isinstance(a, Size):
             return a.node
+        if isinstance(a, _Real):
+            node = self.create_node("call_function", a.function, tuple(self.create_arg(x) for x in a.arguments), {})
+            node.meta[_VALUE] = float(a)
+            return node
         if isinstance(a, _Shape):
             return tuple(self.create_arg(x) for x in a)
         return super().create_arg(a)
@@ -269,39 +273,66 @@ def _recorded(name: str) -> Callable[[Size, Any], Any]:
     return method
 
 
-class _Ratio(float):
-    """A size divided by a number; what it is rounded to remembers its node again."""
+class _Real(float):
+    """A float that sizes went into: where a tensor meets it, what computes it is recorded."""
 
-    size: Size
-    by: Any
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
 
-    def __new__(cls, size: Size, by: Any) -> "_Ratio":
-        ratio = super().__new__(cls, int(size) / by)
-        ratio.size, ratio.by = size, by
-        return ratio
+    def __new__(cls, function: Callable[..., Any], *arguments: Any) -> "_Real":
+        real = super().__new__(cls, function(*(_plain(a) for a in arguments)))
+        real.function, real.arguments = function, arguments
+        return real
 
     def __ceil__(self) -> int:
-        return -(-self.size // self.by) if isinstance(self.by, int) else math.ceil(float(self))
+        size, by = self.arguments if self.function is operator.truediv else (None, None)
+        return -(-size // by) if isinstance(size, Size) and isinstance(by, int) else math.ceil(float(self))
 
     def __floor__(self) -> int:
-        return self.size // self.by if isinstance(self.by, int) else math.floor(float(self))
+        size, by = self.arguments if self.function is operator.truediv else (None, None)
+        return size // by if isinstance(size, Size) and isinstance(by, int) else math.floor(float(self))
 
-    def __deepcopy__(self, memo: Any) -> "_Ratio":
+    def __deepcopy__(self, memo: Any) -> "_Real":
         return self
 
     def __reduce__(self) -> Any:
         return float, (float(self),)
 
 
-def _divided(self: Size, other: Any) -> Any:
-    plain = int(self) / other
-    return _Ratio(self, other) if isinstance(other, int) and not self.tracer.computing else plain
+def _plain(number: Any) -> Any:
+    return int(number) if isinstance(number, Size) else float(number) if isinstance(number, _Real) else number
 
 
-Size.__truediv__ = _divided  # type: ignore[assignment]
-Size.__neg__ = lambda self: self * -1  # type: ignore[assignment]
+def _real(name: str, function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    """A method of Size or _Real whose result is no integer."""
+    swapped = name.startswith("__r")
+
+    def method(self: Any, other: Any) -> Any:
+        if not isinstance(other, int | float):
+            return NotImplemented
+        pair = (other, self) if swapped else (self, other)
+        if isinstance(self, Size) and self.tracer.computing:
+            return function(*(_plain(a) for a in pair))
+        return _Real(function, *pair)
+
+    return method
 
 
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    _function = getattr(operator, f"__{_name}__")
+    for _side in ("", "r"):
+        setattr(_Real, f"__{_side}{_name}__", _real(f"__{_side}{_name}__", _function))
 for _name in ("add", "sub", "mul", "floordiv", "mod"):
     setattr(Size, f"__{_name}__", _recorded(f"__{_name}__"))
     setattr(Size, f"__r{_name}__", _recorded(f"__r{_name}__"))
+Size.__neg__ = lambda self: self * -1  # type: ignore[assignment]
+Size.__truediv__ = _real("__truediv__", operator.truediv)  # type: ignore[assignment]
+Size.__rtruediv__ = _real("__rtruediv__", operator.truediv)  # type: ignore[assignment]
+
+
+def _power(self: Size, other: Any) -> Any:
+    whole = isinstance(other, int) and other >= 0
+    return (_recorded("__pow__") if whole else _real("__pow__", operator.pow))(self, other)
+
+
+Size.__pow__ = _power  # type: ignore[assignment]

@@ -248,3 +248,26 @@ def test_mask_points_stand_behind_the_activation():
 def _ran(gated):
     gated(images())
     return gated
+
+
+class Scaled(nn.Module):
+    """Numbers that are computed from sizes: whole ones and others."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.last = (nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8))
+
+    def forward(self, x):
+        x = self.stem(x)
+        height, width = x.shape[2:]
+        scale = (height * width) ** -0.5 * (2 * (1 / width**0.5) + height / width)
+        x = x + self.last(torch.relu(self.first(x))) * scale
+        return x.reshape(x.shape[0], 2**3, -1).mean(2) + height**2
+
+
+def test_numbers_computed_from_sizes_follow_them():
+    network = Scaled().eval()
+    gated = gatefit.retrofit(network, torch.zeros(2, 3, 8, 8)).eval()
+    for shape in ((3, 3, 8, 8), (2, 3, 16, 12)):
+        x = torch.randn(shape)
+        assert torch.equal(gated(x), network(x))
