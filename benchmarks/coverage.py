@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import sys
 import time
 from collections import defaultdict
 from contextlib import suppress
@@ -79,17 +80,16 @@ def check(name: str) -> str:
 
 def _convert(reference: ModelReference) -> tuple[nn.Module, fx.GraphModule, tuple[int, ...]]:
     """A network, its conversion, and the shape of the example: small images if it takes them or is built for them."""
-    small: tuple[dict[str, int], ...] = ({}, {"img_size": SIDE})
-    for arguments in small:
-        try:
-            network = build(replace(reference, arguments=arguments))
-            channels, *sides = input_spec(network).shape
-            shape = (2, channels, *(min(SIDE, s) for s in sides))
-            return network, gatefit.retrofit(network, torch.zeros(shape)), shape
-        except gatefit.GatefitError:
-            continue
+    for small in (reference, replace(reference, arguments={"img_size": SIDE})):
+        with suppress(gatefit.GatefitError):
+            return _convert_at(small, SIDE)
+    return _convert_at(reference, sys.maxsize)
+
+
+def _convert_at(reference: ModelReference, side: int) -> tuple[nn.Module, fx.GraphModule, tuple[int, ...]]:
     network = build(reference)
-    shape = (2, *input_spec(network).shape)
+    channels, *sides = input_spec(network).shape
+    shape = (2, channels, *(min(side, s) for s in sides))
     return network, gatefit.retrofit(network, torch.zeros(shape)), shape
 
 

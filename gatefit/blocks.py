@@ -403,30 +403,20 @@ def _channel_axis(traced: fx.GraphModule, entry: fx.Node, cone: set[fx.Node]) ->
     """
     shape = shape_of(entry)
     assert shape is not None
-    reshaped: list[fx.Node] = []
-    frontier = [entry]
-    seen = {entry}
-    while frontier:
-        for user in frontier.pop(0).users:
-            if user not in cone or user in seen:
-                continue
-            module = module_of(traced, user)
-            if isinstance(module, nn.Linear | nn.LayerNorm):
-                return len(shape) - 1
-            if isinstance(module, WEIGHTED):
-                return 1
-            seen.add(user)
-            (frontier if shape_of(user) == shape else reshaped).append(user)
-    while reshaped:
-        for user in reshaped.pop(0).users:
+    alike, reshaped, seen = [entry], list[fx.Node](), {entry}
+    while alike or reshaped:
+        behind = not alike
+        for user in (reshaped if behind else alike).pop(0).users:
             if user not in cone or user in seen:
                 continue
             module = module_of(traced, user)
             if isinstance(module, nn.Linear | nn.LayerNorm):
                 taken = module.in_features if isinstance(module, nn.Linear) else module.normalized_shape[-1]
-                return len(shape) - 1 if shape[-1] == taken != shape[1] else 1
+                return len(shape) - 1 if not behind or shape[-1] == taken != shape[1] else 1
+            if isinstance(module, WEIGHTED) and not behind:
+                return 1
             seen.add(user)
-            reshaped.append(user)
+            (reshaped if behind or shape_of(user) != shape else alike).append(user)
     return 1 if len(shape) == 4 else len(shape) - 1
 
 

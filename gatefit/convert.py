@@ -28,7 +28,6 @@ from gatefit.models import (
     skeleton,
 )
 from gatefit.recipe import FinetunePart, Recipe, read_recipe, write_recipe
-from gatefit.report import write_report
 from gatefit.report.result import REPORT, Result, read_result
 from gatefit.store import load, read_config, save
 from gatefit.surgery import retrofit
@@ -175,11 +174,13 @@ def evaluate_folder(folder: Path, data: str = "", skip_corrupt: bool = False) ->
 
 
 def report_folders(folders: list[Path], data: str = "", skip_corrupt: bool = False, block: str = "") -> Path:
-    """Write the page of the first folder, compared with the others; see `gatefit.report.write_report`.
+    """Write the page of the first folder, compared with the others; see `gatefit.report.write.write_report`.
 
     Raises:
         GatefitError: a folder or the data cannot be read, or there is no such block.
     """
+    from gatefit.report.write import write_report  # matplotlib takes half a second: only where something is drawn
+
     result, *others = (read_result(folder) for folder in folders)
     opened = open_folder(folders[0], data, skip_corrupt)
     known = [name for name, gate in gates_of(opened.gated).items() if gate.channel is not None]
@@ -351,6 +352,8 @@ def _write_page(
 ) -> None:
     """The page, without which the folder is complete too."""
     try:
+        from gatefit.report.write import write_report
+
         write_report(out, Result(out.resolve().name, summary, []), [], evaluation, data.test)
     except Exception as error:
         say(f"note: the page could not be written ({error}); everything else was, and gatefit report {out} tries again")

@@ -195,11 +195,16 @@ def _block_damage(gated: fx.GraphModule, images: ImageSet, chosen: Tensor, batch
     device = next(gated.parameters()).device
     for pixels, _, _ in loader(images, [b.tolist() for b in chosen.split(batch)]):
         x = normalise(pixels.to(device), gated.meta["input"])
+        probe = _Probe(gated)
+        as_it_is = probe.run(x)
         for name in names:
-            skipped, run = (
-                _Probe(gated, functools.partial(_forced, name, s)).run(x).double().log_softmax(1) for s in (0.0, 1.0)
-            )
-            divergence = nn.functional.kl_div(skipped, run, log_target=True, reduction="sum")
+            opened = probe.saliences[name][0]
+            assert opened is not None
+            skipped = _Probe(gated, functools.partial(_forced, name, 0.0)).run(x)
+            everywhere = bool((opened == 1).all())  # as at a first start: one run serves all blocks
+            run = as_it_is if everywhere else _Probe(gated, functools.partial(_forced, name, 1.0)).run(x)
+            log_skipped, log_run = (logits.double().log_softmax(1) for logits in (skipped, run))
+            divergence = nn.functional.kl_div(log_skipped, log_run, log_target=True, reduction="sum")
             damage[name] += float(divergence) / len(chosen)
     return damage
 

@@ -284,13 +284,17 @@ class _Real(float):
         real.function, real.arguments = function, arguments
         return real
 
+    @property
+    def _is_quotient(self) -> bool:
+        """Whether rounding it is a whole division, which remembers its node again."""
+        size, by = self.arguments
+        return self.function is operator.truediv and isinstance(size, Size) and isinstance(by, int)
+
     def __ceil__(self) -> int:
-        size, by = self.arguments if self.function is operator.truediv else (None, None)
-        return -(-size // by) if isinstance(size, Size) and isinstance(by, int) else math.ceil(float(self))
+        return -(-self.arguments[0] // self.arguments[1]) if self._is_quotient else math.ceil(float(self))
 
     def __floor__(self) -> int:
-        size, by = self.arguments if self.function is operator.truediv else (None, None)
-        return size // by if isinstance(size, Size) and isinstance(by, int) else math.floor(float(self))
+        return self.arguments[0] // self.arguments[1] if self._is_quotient else math.floor(float(self))
 
     def __deepcopy__(self, memo: Any) -> "_Real":
         return self
@@ -330,9 +334,11 @@ Size.__truediv__ = _real("__truediv__", operator.truediv)  # type: ignore[assign
 Size.__rtruediv__ = _real("__rtruediv__", operator.truediv)  # type: ignore[assignment]
 
 
+_whole_power, _real_power = _recorded("__pow__"), _real("__pow__", operator.pow)
+
+
 def _power(self: Size, other: Any) -> Any:
-    whole = isinstance(other, int) and other >= 0
-    return (_recorded("__pow__") if whole else _real("__pow__", operator.pow))(self, other)
+    return (_whole_power if isinstance(other, int) and other >= 0 else _real_power)(self, other)
 
 
 Size.__pow__ = _power  # type: ignore[assignment]

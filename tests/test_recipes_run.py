@@ -1,18 +1,16 @@
 """Every recipe runs end to end on a few images, its networks with random weights."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from test_recipe import RECIPES
 
 from gatefit.convert import convert
 from gatefit.models import build, parse_reference
 from gatefit.recipe import read_recipe
-
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import torch
 
 from gatefit.data import ImageSet
 from gatefit.evaluate import Evaluation, GateUse
-from gatefit.report import pictures, write_report
+from gatefit.report import pictures
 from gatefit.report.result import Result
+from gatefit.report.write import write_report
 
 TITLES = ["accuracy", "macs", "extremes", "gates", "classes", "channels", "training", "time"]
 HISTORY = [{"epoch": e, "loss": 2.0 / e, "accuracy": 0.5 + 0.1 * e, "share": 0.6, "lr": 0.1} for e in (1, 2, 3)]
