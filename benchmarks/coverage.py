@@ -35,10 +35,13 @@ from gatefit.models import ModelReference, build, input_spec, names_like, parse_
 
 SECONDS = 300
 SIDE = 64
-MOST_PARAMETERS = 350_000_000
-"""Networks above are not checked: a check holds five copies of the weights."""
+MOST_PARAMETERS = 1_100_000_000
+"""Networks above are not checked: a check holds four copies of the weights."""
+ALONE = MOST_PARAMETERS // 3
+"""Networks above are checked one at a time, after all others."""
 ONE_SIZE = "passed at one size"
 """Networks that go another way for other sizes are converted for the way of the example's size alone."""
+WAITS = "waits until it is alone"
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -136,7 +139,7 @@ def run(names: list[str], checked: bool, jobs: int, kept: Path) -> list[Outcome]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gatefit.coverage", "gatefit.surgery"])
     done = _kept(kept, checked)
-    waiting, running = [n for n in reversed(names) if n not in done], {}
+    waiting, large, running = [n for n in reversed(names) if n not in done], list[str](), {}
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("networks", total=len(waiting))
 
@@ -149,18 +152,24 @@ def run(names: list[str], checked: bool, jobs: int, kept: Path) -> list[Outcome]
                 bar.console.print(f"{name}: {outcome.checked}", markup=False)
             bar.advance(task)
 
-        while waiting or running:
+        while waiting or running or large:
+            if not (waiting or running):
+                waiting, large, jobs = large, [], 1
             while waiting and len(running) < jobs:
                 name = waiting.pop()
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(name, checked, sender))
+                process = context.Process(target=_work, args=(name, checked, jobs == 1, sender))
                 process.start()
                 sender.close()
                 running[receiver] = (name, process, time.monotonic())
             for receiver in multiprocessing.connection.wait(list(running), timeout=1):
                 name, process, began = running.pop(receiver)
                 try:
-                    note(name, receiver.recv())
+                    outcome = receiver.recv()
+                    if outcome.checked == WAITS:
+                        large.append(name)
+                    else:
+                        note(name, outcome)
                 except EOFError:
                     process.join()
                     note(name, _failed(name, f"its process ended with code {process.exitcode}", began), final=False)
@@ -182,9 +191,9 @@ def _kept(file: Path, checked: bool) -> dict[str, Outcome]:
     return {o.coverage.name: o for o in outcomes if not checked or o.checked or not o.coverage.blocks}
 
 
-def _work(name: str, checked: bool, sender: Connection) -> None:
+def _work(name: str, checked: bool, alone: bool, sender: Connection) -> None:
     began = time.monotonic()
-    torch.set_num_threads(1)
+    torch.set_num_threads(os.cpu_count() or 1 if alone else 1)
     try:
         coverage = cover(name)
     except Exception as error:
@@ -192,6 +201,8 @@ def _work(name: str, checked: bool, sender: Connection) -> None:
     outcome = Outcome(coverage, time.monotonic() - began)
     if checked and coverage.parameters > MOST_PARAMETERS:
         outcome = replace(outcome, checked=f"not checked: {coverage.parameters / 1e6:.0f} M parameters")
+    elif checked and coverage.blocks and coverage.parameters > ALONE and not alone:
+        outcome = replace(outcome, checked=WAITS)
     elif checked and coverage.blocks:
         try:
             outcome = replace(outcome, checked=check(name))

@@ -5,11 +5,13 @@ them is followed as it runs, and no part of a network with convolutions in it ha
 that remember their node: control flow sees the number, the graph gets the node, and so takes other sizes too.
 """
 
+import builtins
 import inspect
 import math
 import operator
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -45,7 +47,7 @@ class ShapeTracer(fx.Tracer):
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
         """Trace a network on the meta device; its tensor nodes get `meta["shape"]` where an example is given."""
-        with _Recording(self):
+        with _Recording(self), _recorded_len():
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             value = node.meta.pop(_VALUE, None)
@@ -156,6 +158,22 @@ class _Recording(TorchFunctionMode):
         if inspect.ismethoddescriptor(func):
             return self.tracer.create_proxy("call_method", func.__name__, args, kwargs)
         return self.tracer.create_proxy("call_function", func, args, kwargs)
+
+
+@contextmanager
+def _recorded_len() -> Iterator[None]:
+    """Let `len(x)` of a proxy be a Size: Python turns what `__len__` gives into a plain integer."""
+    plain = builtins.len
+
+    def length(x: Any) -> int:
+        known = isinstance(x, _ShapedProxy) and isinstance(x._value, Tensor)
+        return x.shape[0] if known else plain(x)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = plain
 
 
 class _ShapedProxy(fx.Proxy):

@@ -262,7 +262,7 @@ class Scaled(nn.Module):
         height, width = x.shape[2:]
         scale = (height * width) ** -0.5 * (2 * (1 / width**0.5) + height / width)
         x = x + self.last(torch.relu(self.first(x))) * scale
-        return x.reshape(x.shape[0], 2**3, -1).mean(2) + height**2
+        return x.reshape(len(x), 2**3, -1).mean(2) + height**2
 
 
 def test_numbers_computed_from_sizes_follow_them():
