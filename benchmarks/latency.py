@@ -81,15 +81,21 @@ def report(content: dict[str, Any]) -> str:
         "negative where the dynamic network is slower.\n\n"
         f"Machine: {machine['processor']}, PyTorch {machine['torch']}, fp32.\n\n"
         "| network | threads | batch | original, fastest | ms | gated, in | ms | MACs share | time share | realised "
-        "| largest difference |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| largest difference | peak MB, original and gated |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
     )
     lines = [
         f"| {r['network'].split('/')[-1].split(':')[-1]} | {r['threads']} | {r['batch']} | {r['dense_engine']} "
         f"| {r['dense_ms']:.2f} | {r['engine']} | {r['dynamic_ms']:.2f} | {r['macs_share']:.3f} "
-        f"| {r['time_share']:.3f} | {realised(r)} | {r['max_abs_diff']:.0e} |"
+        f"| {r['time_share']:.3f} | {realised(r)} | {r['max_abs_diff']:.0e} | {megabytes(r)} |"
         for r in content["rows"]
     ]
     return head + "\n".join(lines) + "\n"
+
+
+def megabytes(row: dict[str, Any]) -> str:
+    """Peak memory of both."""
+    return ", ".join("-" if m is None else f"{m:.0f}" for m in (row["dense_peak_mb"], row["dynamic_peak_mb"]))
 
 
 def realised(row: dict[str, Any]) -> str:

@@ -199,6 +199,7 @@ def deploy(
     backend: Annotated[Backends, typer.Option(help="A PyTorch module, or one ONNX file.")] = Backends.torch,
     masks: Annotated[int, typer.Option(help="Masks of each block, at most.")] = 4,
     harvest: Annotated[bool, typer.Option("--harvest", help="Drop channels no calibration image opened.")] = False,
+    batch: Annotated[int, typer.Option(help="Images at once that it is tuned for.")] = 1,
     out: Annotated[Path | None, typer.Option(help="The ONNX file; default DIR/model.onnx.")] = None,
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Skip unreadable images.")] = False,
 ) -> None:
@@ -209,7 +210,7 @@ def deploy(
         from gatefit.display import show_deployment
 
         opened = open_folder(folder, data, skip_corrupt)
-        rows = deploy_folder(folder, opened, backend.value, masks, harvest, out)
+        rows = deploy_folder(folder, opened, backend.value, masks, harvest, batch, out)
         show_deployment(Console(file=stdout, markup=False), rows)
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from gatefit.blocks import FoundBlocks
 from gatefit.coverage import Coverage
 from gatefit.deployment.bench import Row, Timing
-from gatefit.deployment.plan import BlockPlan
+from gatefit.deployment.plan import Deployment
 from gatefit.training import Progress as Step
 from gatefit.units import mega, percent
 
@@ -103,17 +103,19 @@ def show_coverage(console: Console, found: list[Coverage]) -> None:
     console.print(f"{len(found) - len(refused)} of {len(found)} networks can be gated")
 
 
-def show_deployment(console: Console, plans: tuple[BlockPlan, ...]) -> None:
-    """What is made of each block."""
+def show_deployment(console: Console, deployment: Deployment) -> None:
+    """What is made of each block, and what it changes."""
     table = Table(title="blocks as deployed", title_justify="left")
     for name in ("block", "skipped", "masks", "channels of each", "because"):
         table.add_column(name, justify="left" if name in ("block", "because") else "right", overflow="fold")
-    for plan in plans:
+    for plan in deployment.plans:
         sizes = [] if plan.codebook is None else plan.codebook.sum(1).tolist()
         why = plan.reason or ("" if plan.dynamic else "no dynamic form of it was faster")
         entries = " ".join(str(s) for s in sizes)
         table.add_row(plan.name, "yes" if plan.skip else "no", str(len(sizes) or "-"), entries or "-", why)
     console.print(table)
+    if deployment.agreement is not None:
+        console.print(f"answers as before on {percent(deployment.agreement)} of images that chose no channel")
 
 
 def show_bench(console: Console, timings: list[Timing], rows: list[Row]) -> None:
@@ -121,12 +123,12 @@ def show_bench(console: Console, timings: list[Timing], rows: list[Row]) -> None
     threads = timings[0].threads if timings else 0
     title = f"milliseconds per batch, {threads} thread{'' if threads == 1 else 's'}"
     table = Table(title=title, title_justify="left")
-    for name in ("engine", "batch", "p50", "p95", "images/s", "difference"):
+    for name in ("engine", "batch", "p50", "p95", "images/s", "difference", "peak MB"):
         table.add_column(name, justify="left" if name == "engine" else "right", no_wrap=True)
     for t in timings:
         what = f"{'gated' if t.dynamic else 'original'}, {t.engine}"
         figures = (f"{t.p50_ms:.2f}", f"{t.p95_ms:.2f}", f"{t.images_per_second:.1f}", f"{t.max_abs_diff:.1e}")
-        table.add_row(what, str(t.batch), *figures)
+        table.add_row(what, str(t.batch), *figures, "-" if t.peak_mb is None else f"{t.peak_mb:.0f}")
     console.print(table)
     shares = Table(title="against the fastest form of the original", title_justify="left")
     for name in ("engine", "batch", "the fastest is", "MACs", "time", "realised"):

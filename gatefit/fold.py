@@ -3,18 +3,22 @@
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers import BatchNormAct2d, Conv2dSame, DropPath
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops import StochasticDepth
 
 from gatefit.gates import add_fill
 from gatefit.graph import module_of, trace
+
+IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath, StochasticDepth)
+"""Modules that give back what they are given, in eval mode."""
 
 
 def fold_batch_norms(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     """Return a copy of `model` in eval mode, each batch norm that follows a convolution folded into it.
 
-    Outputs are the same up to rounding. Batch norms behind anything else stay.
+    Outputs are the same up to rounding. Batch norms behind anything else stay; what is idle in eval mode goes.
 
     Args:
         model: any network that can be traced; untouched.
@@ -55,6 +59,10 @@ def fold_in_place(traced: fx.GraphModule) -> fx.GraphModule:
             traced.set_submodule(str(node.target), norm.act)  # its dropout does nothing in eval mode
         else:
             node.replace_all_uses_with(before)
+            traced.graph.erase_node(node)
+    for node in list(traced.graph.nodes):
+        if type(module_of(traced, node)) in IDLE:
+            node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()
     traced.recompile()

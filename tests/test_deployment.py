@@ -22,6 +22,7 @@ from gatefit.deployment.native import kernels
 from gatefit.deployment.native_network import gathered_network
 from gatefit.deployment.plan import BlockPlan, observe, plan_block
 from gatefit.deployment.prepack import PackedConv
+from gatefit.deployment.stretches import ONNX, TORCH, OnnxStretch
 from gatefit.deployment.tune import forms_of
 from gatefit.deployment.what_if import set_share
 from gatefit.fold import fold_batch_norms
@@ -164,11 +165,12 @@ def test_a_gathered_depthwise_convolution(size, stride):
 @pytest.mark.parametrize("fill", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", GATABLE)
-def test_gathered_networks_are_exact(name, form, fill):
+def test_gathered_networks_are_exact(name, form, fill, monkeypatch):
     """Where a block cannot be gathered, its codebook serves."""
+    monkeypatch.setattr("gatefit.deployment.stretches.has_onnx", lambda: False)
     gated = gated_network(name, form, fill)
     plans = {n: plan_block(gated, gates_of(gated)[n], seen, 4) for n, seen in observe(gated, [images(8)]).items()}
-    deployed = gathered_network(gated, plans)
+    deployed = gathered_network(gated, plans, [images(8)])
     others = images(9, seed=5)
     with torch.no_grad():
         assert same(deployed(others), gated(others))
@@ -178,6 +180,28 @@ def test_gathered_networks_are_exact(name, form, fill):
         with torch.no_grad():
             assert same(copy.deepcopy(deployed)(others), gated(others))
             assert same(deployed.to(memory_format=torch.channels_last)(others), gated(others))
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", ["basic", "inverted", "squeeze-excite"])
+def test_what_lies_between_blocks_in_either_engine(name, tmp_path):
+    pytest.importorskip("onnxruntime")
+    gated = gated_network(name)
+    seen = observe(gated, [images(8)])
+    plans = {n: plan_block(gated, gates_of(gated)[n], seen[n], 4) for n in seen}
+    count = len(gathered_network(gated, plans, [images(1)]).meta["engines"])
+    for engine in (TORCH, ONNX):
+        deployed = gathered_network(gated, plans, [images(1)], [engine] * count)
+        assert set(deployed.meta["engines"]) == {engine}
+        assert sum(isinstance(m, OnnxStretch) for m in deployed.modules()) == (count if engine == ONNX else 0)
+        for others in (images(9, seed=5), images(1, seed=6), torch.randn(2, 3, 24, 20)):
+            with torch.no_grad():
+                assert same(deployed(others), gated(others))
+                assert same(copy.deepcopy(deployed)(others), gated(others))
+    gatefit.save(gated, tmp_path)
+    write_deployment(tmp_path, tuple(plan for plan, _ in plans.values()), deployed.meta["engines"])
+    with torch.no_grad():
+        assert torch.equal(load_deployed(tmp_path, make(name))(images(3)), deployed(images(3)))
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
@@ -265,13 +289,24 @@ def test_a_file_without_control_flow():
         OnnxNetwork(model[: len(model) // 2])
 
 
-@pytest.mark.parametrize("backend", ["torch", "onnx"])
-def test_tuned(backend):
+@pytest.mark.parametrize(("backend", "batch"), [("torch", 1), ("torch", 12), ("onnx", 1)])
+def test_tuned(backend, batch):
     """Whatever the clock chooses, outputs stay."""
     gated = gated_network("basic")
-    deployed = gatefit.deploy(gated, images(8), backend)
+    deployed = gatefit.deploy(gated, images(8), backend, batch=batch)
     with torch.no_grad():
         assert same(deployed(images(5, seed=3)), gated(images(5, seed=3)))
+
+
+def test_harvest_drops_what_no_calibration_image_opens():
+    gated = gated_network("basic", spread=0.0)
+    few = images(2)
+    harvested = gatefit.deploy(gated, few, masks=1, harvest=True)
+    books = [p.codebook for p in harvested.meta["plans"] if p.codebook is not None]
+    assert books and any(not book.all() for book in books)
+    assert all(book.all() for p in gatefit.deploy(gated, few, masks=1).meta["plans"] for book in p.codebook[-1:])
+    with torch.no_grad():
+        assert same(harvested(few), gated(few)) and not same(harvested(images(9, seed=5)), gated(images(9, seed=5)))
 
 
 def test_forms_of_a_block():
@@ -293,7 +328,7 @@ def test_a_deployment_in_a_folder(tmp_path):
     write_deployment(tmp_path, deployed.meta["plans"])
     with torch.no_grad():
         assert torch.equal(load_deployed(tmp_path)(calibration), deployed(calibration))
-    (tmp_path / "deployment.json").write_text('{"format": 1}')
+    (tmp_path / "deployment.json").write_text('{"format": 2}')
     with pytest.raises(gatefit.GatefitError, match="damaged"):
         load_deployed(tmp_path)
     with pytest.raises(gatefit.GatefitError, match="no file"):

@@ -11,12 +11,14 @@ from gatefit.deployment.engines import OnnxNetwork, need_onnx, onnx_blocks, onnx
 from gatefit.deployment.native import kernels
 from gatefit.deployment.native_network import gathered_network
 from gatefit.deployment.plan import observe, plan_block
+from gatefit.deployment.stretches import ONNX, TORCH
 from gatefit.deployment.tune import milliseconds, tune
 from gatefit.errors import DeployError
 from gatefit.gates import gates_of
 
 Backend = Literal["torch", "onnx"]
 TUNING_IMAGES = 8
+"""Images, or batches of more than that, that forms are timed by."""
 
 
 def deploy(
@@ -27,6 +29,7 @@ def deploy(
     *,
     harvest: bool = False,
     tuned: bool = True,
+    batch: int = 1,
 ) -> fx.GraphModule | OnnxNetwork:
     """Turn a gated network into one that runs only what each image needs; its outputs stay the same.
 
@@ -36,10 +39,12 @@ def deploy(
         backend: "torch", a module for batches of any size; or "onnx", one file for ONNX Runtime on the CPU, for
             images of the size of the calibration images.
         masks: entries of each block's codebook, at most (see `gatefit.deployment.codebook`).
-        harvest: also drop for good the channels that no calibration image opened. Outputs may then differ.
+        harvest: also drop for good the channels that no calibration image opened; each block then has a codebook.
+            Outputs may differ.
         tuned: keep only what is faster on this machine: of each block's forms with a codebook, and for "torch" of the
-            whole with codebooks and the whole with weights gathered for each image (`gatefit.deployment.gathered`);
-            else every block has its codebook.
+            whole with codebooks and the whole with weights gathered for each image
+            (`gatefit.deployment.native_network`); else every block has its codebook.
+        batch: images at once that it is tuned for; "onnx" runs them one by one.
 
     Returns:
         (B, C, H, W) -> (B, classes); of backend "onnx" with the file's content as `.model`.
@@ -57,14 +62,16 @@ def deploy(
         raise DeployError(f"backend must be 'torch' or 'onnx', not {backend!r}")
     if backend == "onnx":
         need_onnx()
+    if batch < 1:
+        raise DeployError(f"batch must be 1 or more, not {batch}")
     training = gated.training
     seen = observe(gated.eval(), images)
-    some = torch.cat(images)[:TUNING_IMAGES]
+    batches = _batches(torch.cat(images), 1 if backend == "onnx" else batch)
     if tuned:
         layout, build = (
             (torch.contiguous_format, onnx_blocks) if backend == "onnx" else (torch.channels_last, torch_blocks)
         )
-        tried = tune(gated, seen, some.to(memory_format=layout), build, masks, harvest)
+        tried = tune(gated, seen, [b.to(memory_format=layout) for b in batches], build, masks, harvest)
         plans = {name: (plan, place) for name, (plan, place, _) in tried.items()}
     else:
         plans = {name: plan_block(gated, gate, seen[name], masks, harvest) for name, gate in gates.items()}
@@ -73,11 +80,20 @@ def deploy(
     gated.train(training)
     if backend == "onnx":
         return onnx_network(deployed, images[0][:1])
-    chosen, gathered = packed(deployed), False
-    if tuned and next(gated.parameters()).device.type == "cpu" and kernels() is not None:
-        other = gathered_network(gated, plans)
-        first, second = milliseconds([chosen, other], [(image,) for image in some.split(1)])
-        if gathered := second < first:
-            chosen = other
-    chosen.meta |= {"plans": deployed.meta["plans"], "gathered": gathered}
+    forms = [packed(deployed)]
+    if tuned and not harvest and next(gated.parameters()).device.type == "cpu" and kernels() is not None:
+        forms.append(gathered_network(gated, plans, batches))
+        engines = forms[-1].meta["engines"]
+        if ONNX in engines:
+            forms.append(gathered_network(gated, plans, batches, [TORCH] * len(engines)))
+    taken = milliseconds(forms, [(b,) for b in batches]) if len(forms) > 1 else [0.0]
+    chosen = forms[taken.index(min(taken))]
+    chosen.meta |= {"plans": deployed.meta["plans"]}
     return chosen
+
+
+def _batches(images: Tensor, batch: int) -> list[Tensor]:
+    """Some of the images in batches of one size; they are repeated where there are not enough."""
+    if batch > len(images):
+        images = images.repeat(-(-batch // len(images)), 1, 1, 1)
+    return list(images[: max(1, TUNING_IMAGES // batch) * batch].split(batch))

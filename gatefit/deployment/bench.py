@@ -2,17 +2,19 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.engines import Run, dense_engines
+from gatefit.deployment.memory import held_by, peak_of
 from gatefit.deployment.plan import share_of
 
 WARM_UP = 5
-PAUSE = 0.01
-"""Seconds before an engine's turn: ONNX Runtime's threads go on spinning for a while after theirs."""
+PAUSE = 0.1
+"""Seconds before an engine's turn: threads go on spinning for a while after theirs, and take the next one's time."""
 COMPARED = 8
 """Batches whose outputs are compared."""
 
@@ -29,6 +31,8 @@ class Timing:
     p95_ms: float
     max_abs_diff: float
     """From what it has to compute: the original for dense engines, the gated network for dynamic ones."""
+    peak_mb: float | None
+    """Memory that it holds, and takes at most for a batch, 10**6 bytes; None: not known here."""
 
     @property
     def images_per_second(self) -> float:
@@ -51,18 +55,25 @@ class Row:
     realised: float
     """(1 - time share) / (1 - share of MACs): 1 where every MAC that is saved saves its time."""
     max_abs_diff: float
+    dense_peak_mb: float | None
+    dynamic_peak_mb: float | None
 
 
 @torch.no_grad()
 def bench(
-    original: nn.Module, gated: fx.GraphModule, deployed: dict[str, Run], images: Tensor, batch: int, rounds: int
+    original: nn.Module,
+    gated: fx.GraphModule,
+    deployed: dict[str, Callable[[], Run]],
+    images: Tensor,
+    batch: int,
+    rounds: int,
 ) -> tuple[list[Timing], list[Row]]:
     """Time all engines on batches of `images`, with torch's present number of threads.
 
     Args:
         original: the dense network; it is run in each of its fastest forms.
         gated: what the deployed networks have to equal.
-        deployed: by the name of their engine.
+        deployed: what makes them, by the name of their engine.
         images: normalised, (N, C, H, W).
         batch: images at once.
         rounds: in each, all engines take the same batch, one after another, each twice: the second one counts.
@@ -71,8 +82,13 @@ def bench(
         Every engine; and each dynamic one beside the fastest dense one.
     """
     batches = [b.contiguous() for b in images.split(batch) if len(b) == batch]
-    engines = {(name, False): run for name, run in dense_engines(original, batches[0]).items()}
-    engines |= {(name, True): run for name, run in deployed.items()}
+    makers = {(name, False): make for name, make in dense_engines(original, batches[0]).items()}
+    makers |= {(name, True): make for name, make in deployed.items()}
+    engines, peaks = dict[tuple[str, bool], Run](), dict[tuple[str, bool], float | None]()
+    for key, make in makers.items():
+        engines[key], held = held_by(make)
+        taken = peak_of(lambda: engines[key](batches[0]))  # noqa: B023
+        peaks[key] = None if held is None or taken is None else held + taken
     timings = []
     for (name, dynamic), milliseconds in _times(engines, batches, rounds).items():
         wanted, run = (gated if dynamic else original), engines[name, dynamic]
@@ -80,7 +96,8 @@ def bench(
         ordered = sorted(milliseconds)
         p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
         median = statistics.median(ordered)
-        timings.append(Timing(name, dynamic, batch, torch.get_num_threads(), median, p95, difference))
+        peak = peaks[name, dynamic]
+        timings.append(Timing(name, dynamic, batch, torch.get_num_threads(), median, p95, difference, peak))
     share = share_of(gated, batches)
     fastest = min((t for t in timings if not t.dynamic), key=lambda t: t.p50_ms)
     return timings, [_row(t, fastest, share) for t in timings if t.dynamic]
@@ -117,4 +134,6 @@ def _row(dynamic: Timing, dense: Timing, share: float) -> Row:
         time_share=time_share,
         realised=(1 - time_share) / (1 - share) if share < 1 else 0.0,
         max_abs_diff=dynamic.max_abs_diff,
+        dense_peak_mb=dense.peak_mb,
+        dynamic_peak_mb=dynamic.peak_mb,
     )

@@ -70,6 +70,8 @@ class ChainBlock(nn.Module):
         self.convs = nn.ModuleList(link.conv for link in self.links)
         self.fill = None if gate.fill is None else way.get_submodule("fill")
         self.bounds = (0.0 if place.relu is not None else -math.inf, math.inf)
+        self.shares = True
+        """Whether threads share one image; they always share a batch."""
         self._told: tuple[Any, ...] | None = None
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
@@ -81,7 +83,8 @@ class ChainBlock(nn.Module):
         result = torch.empty_like(shortcut)
         places = (x.data_ptr(), shortcut.data_ptr(), result.data_ptr())
         total = shortcut.numel() // max(1, len(x))
-        run(self._told[0], *places, len(x), *x.shape[2:], total, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        run(self._told[0], *places, len(x), *x.shape[2:], total, threads if self.shares else min(threads, len(x)))
         return result
 
     def _tell(self) -> tuple[Any, ...]:

@@ -37,16 +37,21 @@ def need_onnx() -> None:
 class Session:
     """ONNX Runtime on the CPU with as many threads as torch has; takes the model's inputs in their order.
 
+    Args:
+        model: a file's content.
+        spins: let its threads wait for work without sleeping, which keeps the processor from other work.
+
     Raises:
         DeployError: the file is damaged, or needs a newer runtime.
     """
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, spins: bool = True) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -54,10 +59,17 @@ class Session:
         self.inputs = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
         """Shapes by name."""
 
+    def __deepcopy__(self, memo: Any) -> "Session":
+        return self  # nothing in it changes
+
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run once; the first output."""
+        return self.all(*inputs)[0]
+
+    def all(self, *inputs: Tensor) -> list[Tensor]:
+        """Run once; all outputs."""
         given = {name: x.contiguous().numpy() for name, x in zip(self.inputs, inputs, strict=True)}
-        return torch.from_numpy(self._session.run(None, given)[0])
+        return [torch.from_numpy(x) for x in self._session.run(None, given)]
 
 
 def torch_blocks(blocks: list[DynamicBlock], inputs: list[tuple[Tensor, Tensor]]) -> list[Callable[..., Any]]:
@@ -116,20 +128,24 @@ def masked_onnx(gated: fx.GraphModule, image: Tensor) -> bytes:
     return model
 
 
-def dense_engines(original: nn.Module, images: Tensor) -> dict[str, Run]:
-    """The original's fastest forms for batches of the shape of `images`, by name."""
+def dense_engines(original: nn.Module, images: Tensor) -> dict[str, Callable[[], Run]]:
+    """What makes the original's fastest forms for batches of the shape of `images`, by name."""
     folded = fold_batch_norms(original, images).eval().requires_grad_(False)
-    engines: dict[str, Run] = {
-        "torch": copy.deepcopy(folded).to(memory_format=torch.channels_last),
-        "torch, packed": packed(copy.deepcopy(folded)),
-        "inductor": _compiled(folded),
-    }
-    if kernels() is not None:
-        engines["torch, gathered"] = with_gathered_convs(copy.deepcopy(folded))
-    if has_onnx():
+
+    def exported() -> Run:
         program = torch.onnx.export(folded, (images,), dynamo=True, verbose=False)
         assert program is not None
-        engines["onnxruntime"] = Session(program.model_proto.SerializeToString())
+        return Session(program.model_proto.SerializeToString())
+
+    engines: dict[str, Callable[[], Run]] = {
+        "torch": lambda: copy.deepcopy(folded).to(memory_format=torch.channels_last),
+        "torch, packed": lambda: packed(copy.deepcopy(folded)),
+        "inductor": lambda: _compiled(folded),
+    }
+    if kernels() is not None:
+        engines["torch, gathered"] = lambda: with_gathered_convs(copy.deepcopy(folded))
+    if has_onnx():
+        engines["onnxruntime"] = exported
     return engines
 
 

@@ -5,26 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from gatefit.convert import Opened
 from gatefit.data import some_images
 from gatefit.deployment import Backend, deploy
 from gatefit.deployment.branch import Place, place_or_none
 from gatefit.deployment.dynamic import assemble
-from gatefit.deployment.engines import OnnxNetwork, masked_onnx, need_onnx, packed
+from gatefit.deployment.engines import OnnxNetwork, Run, masked_onnx, need_onnx, packed
 from gatefit.deployment.native import processor
 from gatefit.deployment.native_network import gathered_network
-from gatefit.deployment.plan import BlockPlan
+from gatefit.deployment.plan import BlockPlan, Deployment
 from gatefit.errors import CheckpointError, DeployError
 from gatefit.files import read_json, write_atomically, write_json
 from gatefit.gates import gates_of
 from gatefit.store import load
 
 FILE = "deployment.json"
-FORMAT = 1
+FORMAT = 2
 CALIBRATION = 256
-"""Training images that masks are chosen by."""
+"""Training images that masks are chosen by; where channels are harvested, as many others are compared."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,18 @@ def this_machine() -> Machine:
 def write_deployment(
     folder: Path,
     plans: tuple[BlockPlan, ...],
-    gathered: bool = False,
+    engines: tuple[str, ...] | None = None,
     model: bytes | None = None,
     onnx: Path | None = None,
 ) -> None:
     """Write `deployment.json` into the folder of the gated network, and an ONNX file.
+
+    Args:
+        folder: of the gated network.
+        plans: of its blocks.
+        engines: of the stretches of a gathered network, see `gatefit.deployment.native_network`.
+        model: the ONNX file's content.
+        onnx: the ONNX file.
 
     Raises:
         CheckpointError: they cannot be written.
@@ -70,15 +77,19 @@ def write_deployment(
         "format": FORMAT,
         "backend": "torch" if model is None else "onnx",
         "file": None if onnx is None else str(onnx.absolute()),
-        "gathered": gathered,
+        "engines": engines,
         "machine": {"processor": machine.processor, "threads": machine.threads, "torch": machine.torch},
         "blocks": blocks,
     }
     write_json(folder / FILE, content)
 
 
-def load_deployed(folder: str | Path) -> fx.GraphModule | OnnxNetwork:
+def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule | OnnxNetwork:
     """Read a deployment back, in any process; outputs are the same to the bit on the same machine.
+
+    Args:
+        folder: of the gated network.
+        model: the original architecture, for networks that neither timm nor torchvision has (see `gatefit.load`).
 
     Raises:
         CheckpointError: the folder holds no deployment, or it is damaged.
@@ -92,7 +103,7 @@ def load_deployed(folder: str | Path) -> fx.GraphModule | OnnxNetwork:
         if content["backend"] == "onnx":
             need_onnx()
             return OnnxNetwork(Path(content["file"]).read_bytes())
-        gated = load(folder)
+        gated = load(folder, model)
         gates = gates_of(gated)
         plans: dict[str, tuple[BlockPlan, Place | None]] = {}
         for block in content["blocks"]:
@@ -105,11 +116,14 @@ def load_deployed(folder: str | Path) -> fx.GraphModule | OnnxNetwork:
                 block["reason"],
             )
             plans[plan.name] = (plan, place_or_none(gated, gate))
-        gathered = bool(content["gathered"])
-        deployed = gathered_network(gated, plans) if gathered else packed(assemble(gated, plans))
-        deployed.meta |= {"plans": tuple(plan for plan, _ in plans.values()), "gathered": gathered}
+        if content["engines"] is None:
+            deployed = packed(assemble(gated, plans))
+        else:
+            image = torch.zeros(1, *gated.meta["input"].shape)
+            deployed = gathered_network(gated, plans, [image], content["engines"])
+        deployed.meta["plans"] = tuple(plan for plan, _ in plans.values())
         return deployed
-    except (KeyError, TypeError, IndexError, OSError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
         raise CheckpointError(
             f"{folder / FILE} is damaged or does not fit its network: {error}; deploy anew"
         ) from error
@@ -125,21 +139,32 @@ def _codebook(entries: list[list[int]] | None, units: int) -> Any:
 
 
 def deploy_folder(
-    folder: Path, opened: Opened, backend: Backend, masks: int, harvest: bool, out: Path | None
-) -> tuple[BlockPlan, ...]:
-    """Deploy what `convert` wrote, and write the deployment beside it; returns what was made of each block.
+    folder: Path, opened: Opened, backend: Backend, masks: int, harvest: bool, batch: int, out: Path | None
+) -> Deployment:
+    """Deploy what `convert` wrote, and write the deployment beside it.
 
     Beside the ONNX file stands one that ends in "-masked", see `gatefit.deployment.engines.masked_onnx`.
     """
     if out is not None and backend != "onnx":
         raise DeployError("--out names the ONNX file; it needs --backend onnx")
-    images = some_images(opened.data.train, opened.gated.meta["input"], CALIBRATION)
-    deployed = deploy(opened.gated, images, backend, masks, harvest=harvest)
+    images = some_images(opened.data.train, opened.gated.meta["input"], 2 * CALIBRATION if harvest else CALIBRATION)
+    images, others = images[:CALIBRATION], images[CALIBRATION:]
+    if harvest and not len(others):
+        raise DeployError(f"--harvest needs more than {CALIBRATION} training images, to see what it changes on others")
+    deployed = deploy(opened.gated, images, backend, masks, harvest=harvest, batch=batch)
     if isinstance(deployed, OnnxNetwork):
         file = out or folder / "model.onnx"
         masked = masked_onnx(opened.gated, images[:1])
         write_atomically(file.with_stem(f"{file.stem}-masked"), lambda temporary: temporary.write_bytes(masked))
-        write_deployment(folder, deployed.plans, False, deployed.model, file)
-        return deployed.plans
-    write_deployment(folder, deployed.meta["plans"], deployed.meta["gathered"])
-    return tuple(deployed.meta["plans"])
+        write_deployment(folder, deployed.plans, model=deployed.model, onnx=file)
+        return Deployment(deployed.plans, _agreement(deployed, opened.gated, others))
+    write_deployment(folder, deployed.meta["plans"], deployed.meta.get("engines"))
+    return Deployment(tuple(deployed.meta["plans"]), _agreement(deployed, opened.gated, others))
+
+
+@torch.no_grad()
+def _agreement(deployed: Run, gated: fx.GraphModule, images: Tensor) -> float | None:
+    if not len(images):
+        return None
+    pairs = [(deployed(x).argmax(1), gated(x).argmax(1)) for x in images.split(32)]
+    return float(torch.cat([a == b for a, b in pairs]).double().mean())

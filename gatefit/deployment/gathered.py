@@ -102,8 +102,21 @@ def _gathered(conv: nn.Conv2d, activation: str) -> GatheredConv | None:
     return GatheredConv(conv, activation) if square and plain and (conv.groups == 1 or each) else None
 
 
+class ChannelsLastPool(nn.MaxPool2d):
+    """Max pooling as PyTorch does it several times faster than of planes: with the channels innermost."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From and to (B, C, H, W) with planes that lie together."""
+        pooled: Tensor = super().forward(x.contiguous(memory_format=torch.channels_last))
+        return pooled.contiguous()
+
+
 def with_gathered_convs(network: fx.GraphModule) -> fx.GraphModule:
     """Run a network's convolutions by the kernel of this module, where it can; in place."""
+    for name, pool in list(network.named_modules()):
+        if type(pool) is nn.MaxPool2d and not pool.return_indices:
+            sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+            network.set_submodule(name, ChannelsLastPool(*sizes, ceil_mode=pool.ceil_mode))
     return replace_convs(network, _gathered)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-SOURCE = Path(__file__).with_name("gathered.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("gathered.cpp", "convolve.h"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -35,7 +35,7 @@ def kernels() -> Kernels | None:
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or platform.machine() != "x86_64":
         return None
-    text = "\0".join((SOURCE.read_text(), compiler, *FLAGS, processor("flags"), torch.__version__))
+    text = "\0".join((*(s.read_text() for s in SOURCES), compiler, *FLAGS, processor("flags"), torch.__version__))
     folder = Path(torch.hub.get_dir()).parent / "gatefit" / "native"
     file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     try:
@@ -60,7 +60,7 @@ def _build(compiler: str, file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as place:
         compiled, linked = Path(place) / "gathered.o", Path(place) / "gathered.so"
         for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, *FLAGS, "-c", str(SOURCES[0]), "-o", str(compiled)],
             [compiler, "-shared", str(compiled), "-o", str(linked)],
         ):
             subprocess.run(command, check=True, capture_output=True)

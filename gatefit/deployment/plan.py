@@ -36,6 +36,15 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class Deployment:
+    """What was made of a converted folder."""
+
+    plans: tuple[BlockPlan, ...]
+    agreement: float | None
+    """Share of images that chose no channel which are answered as before; None: all of them, by construction."""
+
+
+@dataclass(frozen=True)
 class Seen:
     """What the gates of one block gave on calibration images."""
 

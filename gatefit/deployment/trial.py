@@ -1,5 +1,7 @@
 """What `gatefit bench` runs: a converted folder, or any network with gates that close at random."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,12 +39,12 @@ def run_bench(
             raise DeployError(f"'{network}' is no folder; a model that is not converted needs --what-if SHARE")
         else:
             original, gated, images = _what_if(network, what_if)
-        deployed: dict[str, Run] = {"torch": deploy(gated, images)}
-        if has_onnx():
-            deployed["onnxruntime"] = deploy(gated, images, "onnx")
         timings: list[Timing] = []
         rows: list[Row] = []
         for size in batches:
+            deployed: dict[str, Callable[[], Run]] = {"torch": functools.partial(deploy, gated, images, batch=size)}
+            if has_onnx():
+                deployed["onnxruntime"] = functools.partial(deploy, gated, images, "onnx")
             some_timings, some_rows = bench(original, gated, deployed, images, size, rounds)
             timings, rows = timings + some_timings, rows + some_rows
         return timings, rows

@@ -43,14 +43,19 @@ def _same(a: BlockPlan, b: BlockPlan) -> bool:
 
 @torch.no_grad()
 def tune(
-    gated: fx.GraphModule, seen: dict[str, Seen], images: Tensor, build: BuildBlocks, masks: int, harvest: bool = False
+    gated: fx.GraphModule,
+    seen: dict[str, Seen],
+    batches: Sequence[Tensor],
+    build: BuildBlocks,
+    masks: int,
+    harvest: bool = False,
 ) -> dict[str, tuple[BlockPlan, Place | None, tuple[Trial, ...]]]:
     """Time every form of every block and keep the fastest.
 
     Args:
         gated: in eval mode.
         seen: what its gates gave on all calibration images.
-        images: some of them, (N, C, H, W); they are run one by one.
+        batches: some of them, (B, C, H, W) each.
         build: makes blocks runnable in the engine that is tuned for.
         masks: entries of a codebook, at most.
 
@@ -59,7 +64,7 @@ def tune(
     """
     gates = gates_of(gated)
     planned = {name: plan_block(gated, gate, seen[name], masks, harvest) for name, gate in gates.items()}
-    inputs = _inputs(gated, {n: place for n, (_, place) in planned.items() if place is not None}, images)
+    inputs = _inputs(gated, {n: place for n, (_, place) in planned.items() if place is not None}, batches)
     forms = {n: forms_of(plan) for n, (plan, place) in planned.items() if place is not None}
     flat = [(n, form) for n, some in forms.items() for form in some]
     blocks = [DynamicBlock(gated, gates[n], planned[n][1], form) for n, form in flat]  # type: ignore[arg-type]
@@ -76,12 +81,14 @@ def tune(
     return result
 
 
-def _inputs(gated: fx.GraphModule, places: dict[str, Place], images: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """What each block is given for each image: its input and its shortcut."""
+def _inputs(
+    gated: fx.GraphModule, places: dict[str, Place], batches: Sequence[Tensor]
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """What each block is given for each batch: its input and its shortcut."""
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in places}
-    for image in images.split(1):
+    for batch in batches:
         interpreter = fx.Interpreter(gated, garbage_collect_values=False)
-        interpreter.run(image)
+        interpreter.run(batch)
         for name, place in places.items():
             found[name].append((interpreter.env[place.entry], interpreter.env[place.shortcut]))
     return found

@@ -1,0 +1,317 @@
+// Convolutions of one image with some of a weight's rows (output channels) and some of its columns (input channels).
+// Rows and columns are read where they lie, so any mask costs what it opens and no weight is packed: lanes hold pixels,
+// weights are broadcast.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, SUMS = 24;  // of 32 registers
+#else
+constexpr int LANES = 8, SUMS = 12;  // of 16
+#endif
+constexpr int VECTORS = 4, ROWS = 12, LONE_ROWS = 8;  // rows where there is but one vector: addresses take registers too
+constexpr int64_t PANEL = 1 << 15;  // values that stay in the second-level cache while all rows read them
+constexpr int64_t PARALLEL = 1 << 14;  // values worth sharing among threads
+
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+
+Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
+void store(float* p, Lanes x) { *reinterpret_cast<Lanes*>(p) = x; }
+
+// The first `count` lanes alone, 0 to LANES; the others are read as 0. And lanes [low, high) of p[lane * stride].
+#ifdef __AVX512F__
+__mmask16 lanes_below(int64_t count) { return (1u << std::clamp<int64_t>(count, 0, LANES)) - 1; }
+Lanes load(const float* p, int64_t count) { return (Lanes)_mm512_maskz_loadu_ps(lanes_below(count), p); }
+void store(float* p, Lanes x, int64_t count) { _mm512_mask_storeu_ps(p, lanes_below(count), (__m512)x); }
+Lanes load(const float* p, int64_t low, int64_t high, int64_t stride) {
+  const auto some = [&](int64_t from, int64_t to, int64_t at) {
+    return _mm512_maskz_loadu_ps(lanes_below(to - at) & ~lanes_below(from - at), p + at);
+  };
+  if (stride == 1) return (Lanes)some(low, high, 0);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  if (stride == 2) {
+    const __m512 a = some(2 * low, 2 * high - 1, 0), b = some(2 * low, 2 * high - 1, LANES);
+    return (Lanes)_mm512_permutex2var_ps(a, _mm512_add_epi32(lanes, lanes), b);
+  }
+  const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride));
+  return (Lanes)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes_below(high) & ~lanes_below(low), places, p, 4);
+}
+#else
+Lanes load(const float* p, int64_t count) {
+  Lanes x = {};
+  std::memcpy(&x, p, count * sizeof(float));
+  return x;
+}
+void store(float* p, Lanes x, int64_t count) { std::memcpy(p, &x, count * sizeof(float)); }
+Lanes load(const float* p, int64_t low, int64_t high, int64_t stride) {
+  Lanes x = {};
+  for (int64_t i = std::max<int64_t>(low, 0); i < std::min<int64_t>(high, LANES); ++i) x[i] = p[i * stride];
+  return x;
+}
+#endif
+
+int64_t vectors_of(int64_t values) { return (values + LANES - 1) / LANES; }
+
+// Memory that is kept for the next call; what is in it is not defined.
+struct Scratch {
+  std::vector<float> memory;
+  float* need(int64_t values) {
+    if (int64_t(memory.size()) < values) memory.resize(values);
+    return memory.data();
+  }
+};
+
+struct Bounds {
+  float lowest, highest;
+  Lanes cut(Lanes x) const {  // keeps NaN
+    const Lanes low = lowest - Lanes{}, high = highest - Lanes{};
+    x = x < low ? low : x;
+    return x > high ? high : x;
+  }
+};
+
+// An input plane, laid out so that what a tap of the kernel reads for consecutive output pixels lies side by side: with
+// its border, split by the remainder of the stride, in lines of the output's width and a little more. Positions of the
+// output are counted with what lies between its lines.
+struct Layout {
+  int64_t height, width, kernel, stride, padding;
+  int64_t out_height = (height + 2 * padding - kernel) / stride + 1, out_width = (width + 2 * padding - kernel) / stride + 1;
+  int64_t pixels = out_height * out_width, taps = kernel * kernel;
+  bool as_it_is = kernel == 1 && stride == 1 && padding == 0;
+  int64_t parts = std::min(stride, kernel), reach = (kernel - 1) / stride;
+  int64_t line = out_width + reach, lines = out_height + reach, part = lines * line, plane = parts * parts * part;
+  int64_t positions = (out_height - 1) * line + out_width;
+
+  int64_t place(int64_t tap) const {
+    const int64_t y = tap / kernel, x = tap % kernel;
+    return (y % stride * parts + x % stride) * part + y / stride * line + x / stride;
+  }
+
+  void spread(const float* from, float* to) const {
+    for (int64_t py = 0; py < parts; ++py)
+      for (int64_t px = 0; px < parts; ++px) {
+        const int64_t low = (std::max<int64_t>(0, padding - px) + stride - 1) / stride;
+        const int64_t high = (width - 1 - px + padding) / stride + 1;
+        for (int64_t y = 0; y < lines; ++y, to += line) {
+          const int64_t source = y * stride + py - padding;
+          const bool inside = source >= 0 && source < height;
+          const float* s = from + source * width + px - padding;
+          for (int64_t x = 0; x < line; x += LANES) {
+            const Lanes values = inside ? load(s + x * stride, low - x, high - x, stride) : Lanes{};
+            store(to + x, values, std::min<int64_t>(LANES, line - x));
+          }
+        }
+      }
+  }
+
+  // Put sums at positions [begin, end) in a plane: with shift and what is added, if anything, cut at the bounds.
+  void finish(const float* sums, int64_t begin, int64_t end, float shift, const float* added, float* out,
+              Bounds bounds) const {
+    end = std::min(end, positions);
+    const int64_t width = reach ? out_width : pixels, step = reach ? line : pixels;  // without gaps, one line
+    for (int64_t y = begin / step; y * step < end; ++y) {
+      const int64_t left = std::max<int64_t>(0, begin - y * step), right = std::min(width, end - y * step);
+      const float *from = sums + y * step - begin, *more = added ? added + y * width : nullptr;
+      float* to = out + y * width;
+      int64_t x = left;
+      for (; x + LANES <= right; x += LANES) {
+        Lanes value = load(from + x) + shift;
+        if (more) value += load(more + x);
+        store(to + x, bounds.cut(value));
+      }
+      if (x >= right) continue;
+      Lanes value = load(from + x, right - x) + shift;
+      if (more) value += load(more + x, right - x);
+      store(to + x, bounds.cut(value), right - x);
+    }
+  }
+};
+
+// Sums of R rows at V vectors of pixels, on top of those that are there if `more`: input channel j, tap t of vector v
+// stand at pixels + j * plane + places[t] + v * LANES.
+template <int R, int V>
+void multiply(const float* pixels, int64_t plane, const int64_t* places, int64_t taps, const float* const* rows,
+              const int64_t* columns, int64_t channels, bool more, Lanes (*sums)[V]) {
+  Lanes a[R][V];
+  const float* weights[R];
+  for (int r = 0; r < R; ++r) {
+    weights[r] = rows[r];
+    for (int v = 0; v < V; ++v) a[r][v] = more ? sums[r][v] : Lanes{};
+  }
+  for (int64_t j = 0; j < channels; ++j, pixels += plane) {
+    int64_t at = columns[j];
+    for (int64_t t = 0; t < taps; ++t, ++at) {
+      const float* p = pixels + places[t];
+      Lanes u[V];
+      for (int v = 0; v < V; ++v) u[v] = load(p + v * LANES);
+      for (int r = 0; r < R; ++r) {
+        const Lanes w = weights[r][at] - Lanes{};
+        for (int v = 0; v < V; ++v) a[r][v] += w * u[v];
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sums[r][v] = a[r][v];
+}
+
+using Multiply = void (*)(const float*, int64_t, const int64_t*, int64_t, const float* const*, const int64_t*, int64_t,
+                          bool, float*);
+
+template <int R, int V>
+void multiply_into(const float* pixels, int64_t plane, const int64_t* places, int64_t taps, const float* const* rows,
+                   const int64_t* columns, int64_t channels, bool more, float* sums) {
+  multiply<R, V>(pixels, plane, places, taps, rows, columns, channels, more, reinterpret_cast<Lanes(*)[V]>(sums));
+}
+
+struct Table {
+  Multiply of[ROWS + 1][VECTORS + 1] = {};
+  template <int R, int V>
+  void fill() {
+    if constexpr (R * V <= SUMS) of[R][V] = multiply_into<R, V>;
+    if constexpr (V > 1) fill<R, V - 1>();
+    else if constexpr (R > 1) fill<R - 1, VECTORS>();
+  }
+  Table() { fill<ROWS, VECTORS>(); }
+};
+const Table MULTIPLY;
+
+// Which part of the work thread `me` of `all` does.
+struct Share {
+  int64_t me, all;
+  int64_t begin(int64_t count) const { return count * me / all; }
+  int64_t end(int64_t count) const { return count * (me + 1) / all; }
+};
+
+// What a convolution is given: image (channels, height, width); weight (all, every, kernel, kernel), of which row
+// rows[i] gives output channel i and column columns[j] reads input channel j; bias (all,) or null; added, or null, and
+// out (count, out height, out width).
+struct Convolution {
+  const float *image, *weight, *bias;
+  const int64_t *rows, *columns;
+  const float* added;
+  float* out;
+  int64_t channels, count, every;
+  Layout layout;
+  Bounds bounds;
+
+  void run(int64_t threads) const {
+    static thread_local Scratch kept;
+    const float* source = image;
+    if (!layout.as_it_is) {
+      float* copy = kept.need(channels * layout.plane + 2 * VECTORS * LANES);  // the last vectors read beyond
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && channels * layout.plane > PARALLEL)
+      for (int64_t c = 0; c < channels; ++c)
+        layout.spread(image + c * layout.height * layout.width, copy + c * layout.plane);
+      source = copy;
+    }
+    std::vector<int64_t> offsets(channels);
+    for (int64_t j = 0; j < channels; ++j) offsets[j] = columns[j] * layout.taps;
+    if (threads == 1) return part(source, offsets.data(), {0, 1});
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < threads; ++i) part(source, offsets.data(), {i, threads});
+  }
+
+ private:
+  // Tiles of pixels by groups of rows, in chunks of input channels.
+  void part(const float* source, const int64_t* offsets, Share share) const {
+    // Small maps are packed without what lies between their lines; one tile then holds them.
+    const bool dense = layout.reach && layout.out_width <= LANES && layout.pixels <= VECTORS * LANES &&
+                       vectors_of(layout.pixels) < vectors_of(layout.positions);
+    const bool packs = dense || layout.taps == 1;
+    Layout result = layout;  // of what is summed
+    if (dense) result.reach = 0, result.positions = layout.pixels;
+    const int64_t all = vectors_of(result.positions), tiles = (all + VECTORS - 1) / VECTORS, wide = (all + tiles - 1) / tiles;
+    const int64_t high = wide == 1 ? LONE_ROWS : std::min<int64_t>(ROWS, SUMS / wide), groups = (count + high - 1) / high;
+    const bool by_tiles = tiles >= groups || tiles >= 4 * share.all;
+    const Share whole = {0, 1}, of_tiles = by_tiles ? share : whole, of_groups = by_tiles ? whole : share;
+    const int64_t first_group = of_groups.begin(groups), last_group = of_groups.end(groups);
+    const int64_t taps = layout.taps, room = taps * wide * LANES;
+    const int64_t chunk = std::max<int64_t>(1, packs ? std::min(channels, PANEL / room) : channels);
+    static thread_local Scratch panels, sums;
+    float* panel = packs ? panels.need(chunk * room + 2 * LANES) : nullptr;
+    float* sum = sums.need((last_group - first_group) * high * wide * LANES);
+    std::vector<int64_t> places(taps);
+    for (int64_t tile = of_tiles.begin(tiles); tile < of_tiles.end(tiles); ++tile) {
+      const int64_t left = all * tile / tiles, vectors = all * (tile + 1) / tiles - left;
+      const int64_t start = left * LANES, width = vectors * LANES;
+      for (int64_t t = 0; t < taps; ++t) places[t] = packs ? t * width : layout.place(t);
+      for (int64_t begin = 0; begin < channels || begin == 0; begin += chunk) {
+        const int64_t some = std::min(chunk, channels - begin);
+        const float* from = source + begin * layout.plane;
+        if (packs) pack(from, some, start, width, dense, begin + some == channels, panel);
+        for (int64_t g = first_group; g < last_group; ++g) {
+          const int64_t row = g * high, these = std::min(high, count - row);
+          const float* taken[ROWS];
+          for (int64_t r = 0; r < these; ++r) taken[r] = weight + rows[row + r] * every * taps;
+          float* here = sum + (row - first_group * high) * wide * LANES;
+          MULTIPLY.of[these][vectors](packs ? panel : from + start, packs ? taps * width : layout.plane, places.data(), taps,
+                                      taken, offsets + begin, some, begin > 0, here);
+          if (begin + some < channels) continue;
+          for (int64_t r = 0; r < these; ++r) {
+            const int64_t to = (row + r) * layout.pixels;
+            result.finish(here + r * width, start, start + width, bias ? bias[rows[row + r]] : 0.f,
+                          added ? added + to : nullptr, out + to, bounds);
+          }
+        }
+      }
+    }
+  }
+
+  // What `some` channels read for `width` output positions from `start` on, side by side: (some, taps, width).
+  void pack(const float* from, int64_t some, int64_t start, int64_t width, bool dense, bool ends, float* to) const {
+    for (int64_t j = 0; j < some; ++j)
+      for (int64_t t = 0; t < layout.taps; ++t, to += width) {
+        const float* p = from + j * layout.plane + layout.place(t);
+        if (dense)  // each line overwrites what the one before stored too much
+          for (int64_t y = 0; y < layout.out_height; ++y) store(to + y * layout.out_width, load(p + y * layout.line));
+        else if (ends && j + 1 == some)  // nothing may be read behind the image
+          std::copy(p + start, p + std::min(start + width, layout.positions), to);
+        else
+          for (int64_t v = 0; v < width; v += LANES) store(to + v, load(p + start + v));
+      }
+  }
+};
+
+// Channel i of image (count, height, width) by row rows[i] of weight (all, 1, kernel, kernel); else as above.
+struct DepthwiseConvolution {
+  const float *image, *weight, *bias;
+  const int64_t* rows;
+  float* out;
+  int64_t count;
+  Layout layout;
+  Bounds bounds;
+
+  void run(int64_t threads) const {
+    std::vector<int64_t> places(layout.taps);
+    for (int64_t t = 0; t < layout.taps; ++t) places[t] = layout.place(t);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && count * layout.pixels > PARALLEL)
+    for (int64_t c = 0; c < count; ++c) {
+      static thread_local Scratch kept;
+      float* copy = kept.need(layout.plane + VECTORS * layout.line + LANES);  // the last vectors read beyond
+      layout.spread(image + c * layout.height * layout.width, copy);
+      const float *taps = weight + rows[c] * layout.taps, shift = bias ? bias[rows[c]] : 0.f;
+      for (int64_t x = 0; x < layout.out_width; x += LANES)
+        for (int64_t y = 0; y < layout.out_height; y += VECTORS) {
+          const float* from = copy + y * layout.line + x;
+          Lanes sums[VECTORS];
+          for (Lanes& sum : sums) sum = shift - Lanes{};
+          for (int64_t t = 0; t < layout.taps; ++t)
+            for (int64_t v = 0; v < VECTORS; ++v) sums[v] += taps[t] * load(from + places[t] + v * layout.line);
+          for (int64_t v = 0; v < std::min<int64_t>(VECTORS, layout.out_height - y); ++v)
+            store(out + c * layout.pixels + (y + v) * layout.out_width + x, bounds.cut(sums[v]),
+                  std::min<int64_t>(LANES, layout.out_width - x));
+        }
+    }
+  }
+};
+
+}  // namespace
