@@ -41,6 +41,8 @@ ALONE = MOST_PARAMETERS // 3
 """Networks above are checked one at a time, after all others."""
 ONE_SIZE = "passed at one size"
 """Networks that go another way for other sizes are converted for the way of the example's size alone."""
+SMALL = 1e-2
+"""Layer scales below are made larger: they would hide what goes wrong in a branch."""
 WAITS = "waits until it is alone"
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -91,6 +93,9 @@ def _convert(reference: ModelReference) -> tuple[nn.Module, fx.GraphModule, tupl
 
 def _convert_at(reference: ModelReference, side: int) -> tuple[nn.Module, fx.GraphModule, tuple[int, ...]]:
     network = build(reference)
+    for parameter in network.parameters():
+        if parameter.dim() == 1 and 0 < parameter.abs().max() < SMALL:
+            nn.init.uniform_(parameter, 0.5, 1.0)
     channels, *sides = input_spec(network).shape
     shape = (2, channels, *(min(side, s) for s in sides))
     return network, gatefit.retrofit(network, torch.zeros(shape)), shape

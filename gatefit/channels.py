@@ -73,8 +73,11 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
     macs = {layer.name: layer.macs for layer in block.layers}
     reasons: list[str] = []
     found: list[tuple[int, ChannelUnits]] = []
-    inside = [n for n in traced.graph.nodes if n.name in block.nodes and layer_name(n) in macs]
-    for node in inside:
+    behind = {block.entry}  # what is computed from weights alone is the same for all images
+    for node in traced.graph.nodes:
+        if node.name in block.nodes and any(s.name in behind for s in node.all_input_nodes):
+            behind.add(node.name)
+    for node in (n for n in traced.graph.nodes if n.name in block.nodes & behind and layer_name(n) in macs):
         module = module_of(traced, node)
         if not isinstance(module, WEIGHTED):
             continue

@@ -5,10 +5,10 @@ them is followed as it runs, and no part of a network with convolutions in it ha
 that remember their node: control flow sees the number, the graph gets the node, and so takes other sizes too.
 """
 
-import builtins
 import inspect
 import math
 import operator
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +47,7 @@ class ShapeTracer(fx.Tracer):
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
         """Trace a network on the meta device; its tensor nodes get `meta["shape"]` where an example is given."""
-        with _Recording(self), _recorded_len():
+        with _Recording(self), _recorded_numbers(root):
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             value = node.meta.pop(_VALUE, None)
@@ -161,19 +161,22 @@ class _Recording(TorchFunctionMode):
 
 
 @contextmanager
-def _recorded_len() -> Iterator[None]:
-    """Let `len(x)` of a proxy be a Size: Python turns what `__len__` gives into a plain integer."""
-    plain = builtins.len
+def _recorded_numbers(root: nn.Module) -> Iterator[None]:
+    """Let `len`, `int` and `float` in the network's own code give numbers that remember their nodes.
 
-    def length(x: Any) -> int:
-        known = isinstance(x, _ShapedProxy) and isinstance(x._value, Tensor)
-        return x.shape[0] if known else plain(x)
-
-    builtins.len = length
+    Python itself turns what `__len__`, `__int__` and `__float__` give into plain numbers. PyTorch's code keeps its own.
+    """
+    packages = {type(m).__module__.partition(".")[0] for m in root.modules()} - {"torch"}
+    spaces = [vars(m) for name, m in list(sys.modules.items()) if m is not None and name.partition(".")[0] in packages]
+    before = [{k: space[k] for k in _NUMBERS if k in space} for space in spaces]
+    for space in spaces:
+        space.update({k: v for k, v in _NUMBERS.items() if k not in space})
     try:
         yield
     finally:
-        builtins.len = plain
+        for space, own in zip(spaces, before, strict=True):
+            for name in _NUMBERS.keys() - own.keys():
+                del space[name]
 
 
 class _ShapedProxy(fx.Proxy):
@@ -305,8 +308,14 @@ class _Real(float):
     @property
     def _is_quotient(self) -> bool:
         """Whether rounding it is a whole division, which remembers its node again."""
-        size, by = self.arguments
-        return self.function is operator.truediv and isinstance(size, Size) and isinstance(by, int)
+        kinds = [isinstance(a, of) for a, of in zip(self.arguments, (Size, int), strict=False)]
+        return self.function is operator.truediv and all(kinds)
+
+    @property
+    def tracer(self) -> ShapeTracer:
+        """That records its sizes."""
+        tracer: ShapeTracer = next(a.tracer for a in self.arguments if isinstance(a, Size | _Real))
+        return tracer
 
     def __ceil__(self) -> int:
         return -(-self.arguments[0] // self.arguments[1]) if self._is_quotient else math.ceil(float(self))
@@ -360,3 +369,42 @@ def _power(self: Size, other: Any) -> Any:
 
 
 Size.__pow__ = _power  # type: ignore[assignment]
+
+
+def _length(x: Any) -> int:
+    return x.shape[0] if isinstance(x, _ShapedProxy) and isinstance(x._value, Tensor) else len(x)
+
+
+def _whole(number: Size | _Real) -> Size:
+    if isinstance(number, Size):
+        return number
+    node = number.tracer.create_node("call_function", int, (number.tracer.create_arg(number),), {})
+    node.meta[_VALUE] = int(number)
+    return Size(int(number), node, number.tracer)
+
+
+def _number(plain: type, recorded: Callable[[Any], Any]) -> type:
+    """What stands for the type `plain`: the same, but for sizes and what is computed from them."""
+
+    class Kind(type):
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            known = args and isinstance(args[0], Size | _Real)
+            return recorded(args[0]) if known else plain(*args, **kwargs)
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, plain)
+
+        def __eq__(cls, other: object) -> bool:
+            return other is cls or other is plain
+
+        def __hash__(cls) -> int:
+            return hash(plain)
+
+    return Kind(plain.__name__, (plain,), {})
+
+
+_NUMBERS = {
+    "len": _length,
+    "int": _number(int, _whole),
+    "float": _number(float, lambda number: _Real(float, number) if isinstance(number, Size) else number),
+}
