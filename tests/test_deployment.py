@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from networks import CASES, GATABLE, images, make
-from torch import fx
+from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gatefit
@@ -180,6 +180,37 @@ def test_gathered_networks_are_exact(name, form, fill, monkeypatch):
         with torch.no_grad():
             assert same(copy.deepcopy(deployed)(others), gated(others))
             assert same(deployed.to(memory_format=torch.channels_last)(others), gated(others))
+
+
+class Narrow(nn.Module):
+    """A block of 3 x 3 convolutions with as many channels as registers are filled with."""
+
+    def __init__(self, hidden=48):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(32, hidden, 3, padding=1), nn.Conv2d(hidden, 32, 3, padding=1)
+
+    def forward(self, x):
+        return (x + self.second(self.first(x).relu())).relu()
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("height", [1, 2, 5, 16])
+@pytest.mark.parametrize("width", [4, 7, 8, 14, 16, 28, 32, 9])
+def test_narrow_images(width, height, threads):
+    torch.manual_seed(0)
+    gated = gatefit.retrofit(Narrow(), torch.zeros(2, 32, 8, 8), "lc", "step", fill=True).eval()
+    [gate] = gates_of(gated).values()
+    torch.nn.init.normal_(gate.channel.weight, std=3.0)
+    block = ChainBlock(gated, gate, place_of(gated, gate), BlockPlan(gate.of.name, True, None))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for x in (torch.randn(1, 32, height, width), torch.randn(5, 32, height, width)):
+            with torch.no_grad():
+                assert same(block(x, x), gated(x))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")

@@ -19,12 +19,15 @@ from gatefit.errors import DeployError
 from gatefit.gates import Gate, add_fill
 from gatefit.graph import module_of
 
+LANES = 16
+"""Floats of a register, where weights are packed."""
+
 
 class _Step(ctypes.Structure):
     """`Step` of gathered.cpp."""
 
     _fields_ = (
-        *((name, POINTER) for name in ("weight", "bias")),
+        *((name, POINTER) for name in ("weight", "bias", "narrow")),
         *((name, NUMBER) for name in ("rows", "columns", "kernel", "stride", "padding", "depthwise")),
         *((name, NUMBER) for name in ("open_rows", "open_columns", "filled")),
         *((name, REAL) for name in ("lowest", "highest")),
@@ -52,6 +55,15 @@ class Link:
     bounds: tuple[float, float]
     filled: bool = False
 
+    def narrow(self) -> Tensor | None:
+        """The weight in the order of `NarrowConvolution` (narrow.h); None where it cannot be."""
+        weight, conv = self.conv.weight.detach(), self.conv
+        out, into, *size = weight.shape
+        plain = not conv.depthwise and (*size, conv.stride, conv.padding) == (3, 3, 1, 1)
+        if not plain or self.open_rows or out % LANES:
+            return None
+        return weight.view(-1, LANES, into, 9).permute(0, 2, 3, 1).contiguous()
+
 
 class ChainBlock(nn.Module):
     """A block with step gates whose branch is a chain of convolutions: (input, shortcut) -> shortcut + branch.
@@ -77,8 +89,8 @@ class ChainBlock(nn.Module):
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """Add the branch of x, (B, C, H, W) float32, to the shortcut, and apply what comes right behind."""
         run = need_kernels(x).block
-        if self._told is None:
-            self._told = self._tell()
+        if self._told is None or self._told[-1] != x.shape[2:]:
+            self._told = self._tell(x)
         x, shortcut = x.contiguous(), shortcut.contiguous()
         result = torch.empty_like(shortcut)
         places = (x.data_ptr(), shortcut.data_ptr(), result.data_ptr())
@@ -87,14 +99,16 @@ class ChainBlock(nn.Module):
         run(self._told[0], *places, len(x), *x.shape[2:], total, threads if self.shares else min(threads, len(x)))
         return result
 
-    def _tell(self) -> tuple[Any, ...]:
-        """The block in the kernel's words, and all that it points to."""
+    def _tell(self, x: Tensor) -> tuple[Any, ...]:
+        """The block in the kernel's words for inputs like x, all that it points to, and their size."""
+        packed = self._packed(x)
         gate, fc = self.saliences.gate, self.saliences.fc
         steps = (_Step * len(self.links))(
             *(
                 _Step(
                     link.conv.weight.data_ptr(),
                     None if link.conv.bias is None else link.conv.bias.data_ptr(),
+                    None if narrow is None else narrow.data_ptr(),
                     *link.conv.weight.shape[:2],
                     link.conv.weight.shape[2],
                     link.conv.stride,
@@ -102,7 +116,7 @@ class ChainBlock(nn.Module):
                     *(int(b) for b in (link.conv.depthwise, link.open_rows, link.open_columns, link.filled)),
                     *link.bounds,
                 )
-                for link in self.links
+                for link, narrow in zip(self.links, packed, strict=True)
             )
         )
         block = _Block(
@@ -117,7 +131,16 @@ class ChainBlock(nn.Module):
             steps,
             *self.bounds,
         )
-        return ctypes.byref(block), block, steps
+        return ctypes.byref(block), block, steps, packed, x.shape[2:]
+
+    def _packed(self, x: Tensor) -> list[Tensor | None]:
+        """Weights packed for the sizes that they meet; they are kept while those do not change."""
+        packed = []
+        width = x.shape[3]
+        for link in self.links:
+            packed.append(link.narrow() if need_kernels(x).narrow(width) else None)
+            width = (width + 2 * link.conv.padding - link.conv.weight.shape[2]) // link.conv.stride + 1
+        return packed
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ChainBlock":
         self._told = None  # the weights may lie elsewhere now

@@ -1,3 +1,5 @@
+#pragma once
+
 // Convolutions of one image with some of a weight's rows (output channels) and some of its columns (input channels).
 // Rows and columns are read where they lie, so any mask costs what it opens and no weight is packed: lanes hold pixels,
 // weights are broadcast.
@@ -20,6 +22,7 @@ constexpr int LANES = 8, SUMS = 12;  // of 16
 #endif
 constexpr int VECTORS = 4, ROWS = 12, LONE_ROWS = 8;  // rows where there is but one vector: addresses take registers too
 constexpr int64_t PANEL = 1 << 15;  // values that stay in the second-level cache while all rows read them
+constexpr int64_t FAR = 5 << 15;  // weights that do beside it
 constexpr int64_t PARALLEL = 1 << 14;  // values worth sharing among threads
 
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
@@ -207,71 +210,128 @@ struct Convolution {
     static thread_local Scratch kept;
     const float* source = image;
     if (!layout.as_it_is) {
-      float* copy = kept.need(channels * layout.plane + 2 * VECTORS * LANES);  // the last vectors read beyond
+      float* copy = kept.need(room());
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && channels * layout.plane > PARALLEL)
       for (int64_t c = 0; c < channels; ++c)
         layout.spread(image + c * layout.height * layout.width, copy + c * layout.plane);
       source = copy;
     }
-    std::vector<int64_t> offsets(channels);
-    for (int64_t j = 0; j < channels; ++j) offsets[j] = columns[j] * layout.taps;
-    if (threads == 1) return part(source, offsets.data(), {0, 1});
+    const std::vector<int64_t> columns_at = offsets();
+    if (threads == 1) return part(source, columns_at.data(), {0, 1});
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < threads; ++i) part(source, offsets.data(), {i, threads});
+    for (int64_t i = 0; i < threads; ++i) part(source, columns_at.data(), {i, threads});
+  }
+
+  // Of images of one size, one after another; or where each is one tile and the weights are large, chunk by chunk of the
+  // columns, so that weights are read once for all.
+  static void run(const std::vector<Convolution>& all) {
+    const Convolution& one = all[0];
+    const int64_t taps = one.layout.taps;
+    int64_t most = 1;
+    bool alike = one.dense();
+    for (const Convolution& it : all) most = std::max(most, it.count), alike &= it.channels == one.channels;
+    const int64_t chunk = std::max<int64_t>(1, FAR / (most * taps));
+    if (!alike || chunk >= one.channels) {
+      for (const Convolution& it : all) it.run(1);
+      return;
+    }
+    static thread_local std::vector<Scratch> copies, sums;
+    static thread_local Scratch panel;
+    copies.resize(std::max(copies.size(), all.size())), sums.resize(std::max(sums.size(), all.size()));
+    std::vector<std::vector<int64_t>> columns_at;
+    for (size_t i = 0; i < all.size(); ++i) {
+      float* copy = copies[i].need(all[i].room());
+      for (int64_t c = 0; c < all[i].channels; ++c)
+        one.layout.spread(all[i].image + c * one.layout.height * one.layout.width, copy + c * one.layout.plane);
+      columns_at.push_back(all[i].offsets());
+    }
+    const Tiles tiles(one, one.count);
+    for (int64_t begin = 0; begin < one.channels; begin += chunk)
+      for (size_t i = 0; i < all.size(); ++i) {
+        const Tiles its(all[i], all[i].count);
+        all[i].add(copies[i].memory.data(), columns_at[i].data(), its, 0, begin, std::min(chunk, one.channels - begin), 0,
+                   its.groups, panel.need(chunk * taps * tiles.wide * LANES + 2 * LANES),
+                   sums[i].need(its.groups * its.high * its.wide * LANES));
+      }
   }
 
  private:
+  int64_t room() const { return channels * layout.plane + 2 * VECTORS * LANES; }  // the last vectors read beyond
+
+  std::vector<int64_t> offsets() const {
+    std::vector<int64_t> result(channels);
+    for (int64_t j = 0; j < channels; ++j) result[j] = columns[j] * layout.taps;
+    return result;
+  }
+
+  // Small maps are packed without what lies between their lines; one tile then holds them.
+  bool dense() const {
+    return layout.reach && layout.out_width <= LANES && layout.pixels <= VECTORS * LANES &&
+           vectors_of(layout.pixels) < vectors_of(layout.positions);
+  }
+
+  // How positions of the output, in vectors, are cut into tiles, and rows into groups.
+  struct Tiles {
+    Layout result;  // of what is summed
+    int64_t vectors, count, wide, high, groups;
+    Tiles(const Convolution& it, int64_t rows) : result(it.layout) {
+      if (it.dense()) result.reach = 0, result.positions = it.layout.pixels;
+      vectors = vectors_of(result.positions), count = (vectors + VECTORS - 1) / VECTORS;
+      wide = (vectors + count - 1) / count;
+      high = wide == 1 ? LONE_ROWS : std::min<int64_t>(ROWS, SUMS / wide), groups = (rows + high - 1) / high;
+    }
+    int64_t begin(int64_t tile) const { return vectors * tile / count; }
+  };
+
   // Tiles of pixels by groups of rows, in chunks of input channels.
-  void part(const float* source, const int64_t* offsets, Share share) const {
-    // Small maps are packed without what lies between their lines; one tile then holds them.
-    const bool dense = layout.reach && layout.out_width <= LANES && layout.pixels <= VECTORS * LANES &&
-                       vectors_of(layout.pixels) < vectors_of(layout.positions);
-    const bool packs = dense || layout.taps == 1;
-    Layout result = layout;  // of what is summed
-    if (dense) result.reach = 0, result.positions = layout.pixels;
-    const int64_t all = vectors_of(result.positions), tiles = (all + VECTORS - 1) / VECTORS, wide = (all + tiles - 1) / tiles;
-    const int64_t high = wide == 1 ? LONE_ROWS : std::min<int64_t>(ROWS, SUMS / wide), groups = (count + high - 1) / high;
-    const bool by_tiles = tiles >= groups || tiles >= 4 * share.all;
+  void part(const float* source, const int64_t* columns_at, Share share) const {
+    const Tiles tiles(*this, count);
+    const bool by_tiles = tiles.count >= tiles.groups || tiles.count >= 4 * share.all;
     const Share whole = {0, 1}, of_tiles = by_tiles ? share : whole, of_groups = by_tiles ? whole : share;
-    const int64_t first_group = of_groups.begin(groups), last_group = of_groups.end(groups);
-    const int64_t taps = layout.taps, room = taps * wide * LANES;
-    const int64_t chunk = std::max<int64_t>(1, packs ? std::min(channels, PANEL / room) : channels);
+    const int64_t first = of_groups.begin(tiles.groups), last = of_groups.end(tiles.groups);
+    const int64_t panel_room = layout.taps * tiles.wide * LANES;
+    const int64_t chunk = std::max<int64_t>(1, packs() ? std::min(channels, PANEL / panel_room) : channels);
     static thread_local Scratch panels, sums;
-    float* panel = packs ? panels.need(chunk * room + 2 * LANES) : nullptr;
-    float* sum = sums.need((last_group - first_group) * high * wide * LANES);
+    float* panel = packs() ? panels.need(chunk * panel_room + 2 * LANES) : nullptr;
+    float* sum = sums.need((last - first) * tiles.high * tiles.wide * LANES);
+    for (int64_t tile = of_tiles.begin(tiles.count); tile < of_tiles.end(tiles.count); ++tile)
+      for (int64_t begin = 0; begin < channels || begin == 0; begin += chunk)
+        add(source, columns_at, tiles, tile, begin, std::min(chunk, channels - begin), first, last, panel, sum);
+  }
+
+  bool packs() const { return dense() || layout.taps == 1; }
+
+  // Sum `some` channels from `begin` on for groups [first, last) of rows at a tile; with the last channels, finish.
+  void add(const float* source, const int64_t* columns_at, const Tiles& tiles, int64_t tile, int64_t begin, int64_t some,
+           int64_t first, int64_t last, float* panel, float* sum) const {
+    const int64_t taps = layout.taps, left = tiles.begin(tile), vectors = tiles.begin(tile + 1) - left;
+    const int64_t start = left * LANES, width = vectors * LANES;
     std::vector<int64_t> places(taps);
-    for (int64_t tile = of_tiles.begin(tiles); tile < of_tiles.end(tiles); ++tile) {
-      const int64_t left = all * tile / tiles, vectors = all * (tile + 1) / tiles - left;
-      const int64_t start = left * LANES, width = vectors * LANES;
-      for (int64_t t = 0; t < taps; ++t) places[t] = packs ? t * width : layout.place(t);
-      for (int64_t begin = 0; begin < channels || begin == 0; begin += chunk) {
-        const int64_t some = std::min(chunk, channels - begin);
-        const float* from = source + begin * layout.plane;
-        if (packs) pack(from, some, start, width, dense, begin + some == channels, panel);
-        for (int64_t g = first_group; g < last_group; ++g) {
-          const int64_t row = g * high, these = std::min(high, count - row);
-          const float* taken[ROWS];
-          for (int64_t r = 0; r < these; ++r) taken[r] = weight + rows[row + r] * every * taps;
-          float* here = sum + (row - first_group * high) * wide * LANES;
-          MULTIPLY.of[these][vectors](packs ? panel : from + start, packs ? taps * width : layout.plane, places.data(), taps,
-                                      taken, offsets + begin, some, begin > 0, here);
-          if (begin + some < channels) continue;
-          for (int64_t r = 0; r < these; ++r) {
-            const int64_t to = (row + r) * layout.pixels;
-            result.finish(here + r * width, start, start + width, bias ? bias[rows[row + r]] : 0.f,
-                          added ? added + to : nullptr, out + to, bounds);
-          }
-        }
+    for (int64_t t = 0; t < taps; ++t) places[t] = packs() ? t * width : layout.place(t);
+    const float* from = source + begin * layout.plane;
+    if (packs()) pack(from, some, start, width, begin + some == channels, panel);
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t row = g * tiles.high, these = std::min(tiles.high, count - row);
+      const float* taken[ROWS];
+      for (int64_t r = 0; r < these; ++r) taken[r] = weight + rows[row + r] * every * taps;
+      float* here = sum + (row - first * tiles.high) * tiles.wide * LANES;
+      MULTIPLY.of[these][vectors](packs() ? panel : from + start, packs() ? taps * width : layout.plane, places.data(),
+                                  taps, taken, columns_at + begin, some, begin > 0, here);
+      if (begin + some < channels) continue;
+      for (int64_t r = 0; r < these; ++r) {
+        const int64_t to = (row + r) * layout.pixels;
+        tiles.result.finish(here + r * width, start, start + width, bias ? bias[rows[row + r]] : 0.f,
+                            added ? added + to : nullptr, out + to, bounds);
       }
     }
   }
 
   // What `some` channels read for `width` output positions from `start` on, side by side: (some, taps, width).
-  void pack(const float* from, int64_t some, int64_t start, int64_t width, bool dense, bool ends, float* to) const {
+  void pack(const float* from, int64_t some, int64_t start, int64_t width, bool ends, float* to) const {
     for (int64_t j = 0; j < some; ++j)
       for (int64_t t = 0; t < layout.taps; ++t, to += width) {
         const float* p = from + j * layout.plane + layout.place(t);
-        if (dense)  // each line overwrites what the one before stored too much
+        if (dense())  // each line overwrites what the one before stored too much
           for (int64_t y = 0; y < layout.out_height; ++y) store(to + y * layout.out_width, load(p + y * layout.line));
         else if (ends && j + 1 == some)  // nothing may be read behind the image
           std::copy(p + start, p + std::min(start + width, layout.positions), to);

@@ -1,12 +1,14 @@
 // Gated blocks, and the convolutions they are made of, for batches of images; called from Python.
 
-#include "convolve.h"
+#include "narrow.h"
 
 namespace {
 
+constexpr int64_t GROUP = 16;  // images that share large weights
+
 // A convolution in the chain of a branch; open_rows and open_columns say whether the open units are its rows, columns.
 struct Step {
-  const float *weight, *bias;
+  const float *weight, *bias, *narrow;  // narrow: the weight as `NarrowConvolution` wants it, or null
   int64_t rows, columns, kernel, stride, padding, depthwise, open_rows, open_columns, filled;
   float lowest, highest;
 };
@@ -40,7 +42,7 @@ std::vector<float> logits_of(const Block& block, const float* image, int64_t pix
   return logits;
 }
 
-// Call one(i, threads) for each image: the threads share the images, or where those are few, each image.
+// Call one(i, threads) for each image, or group of them: the threads share them, or where those are few, each one.
 template <typename One>
 void each_image(int64_t batch, int64_t threads, const One& one) {
   if (batch < threads) {
@@ -51,60 +53,93 @@ void each_image(int64_t batch, int64_t threads, const One& one) {
   for (int64_t i = 0; i < batch; ++i) one(i, 1);
 }
 
-// image (features, height, width); shortcut and out as the branch gives. Gates are steps.
-void run_block(const Block* block, const float* image, const float* shortcut, float* out, int64_t height,
-               int64_t width, int64_t total, int64_t threads) {
-  const std::vector<float> logits = logits_of(*block, image, height * width);
-  if (block->has_block && logits[0] <= 0.f) {
-    for (int64_t i = 0; i < total; ++i) out[i] = std::min(std::max(shortcut[i], block->lowest), block->highest);
-    return;
+// One image on its way through a block's branch.
+struct Work {
+  const float *image, *shortcut;
+  float* out;
+  std::vector<int64_t> open = {};
+  std::vector<float> left = {}, shifted = {};
+};
+
+// Let an image's gates, which are steps, say what it opens. False: the block is skipped, and the image done.
+bool opens(const Block& block, Work& work, int64_t pixels, int64_t total) {
+  const std::vector<float> logits = logits_of(block, work.image, pixels);
+  if (block.has_block && logits[0] <= 0.f) {
+    for (int64_t i = 0; i < total; ++i) work.out[i] = std::min(std::max(work.shortcut[i], block.lowest), block.highest);
+    return false;
   }
-  const float* units = logits.data() + block->has_block;
-  std::vector<int64_t> open, every;
-  std::vector<float> left, shifted;
-  for (int64_t u = 0; u < block->units; ++u)
-    if (units[u] > 0.f) open.push_back(u);
-  if (block->fill) {
-    left.resize(block->units);
-    for (int64_t u = 0; u < block->units; ++u)
-      left[u] = units[u] > 0.f ? 0.f : std::max(units[u] + block->lowered[u], 0.f) / 8;
+  const float* units = logits.data() + block.has_block;
+  for (int64_t u = 0; u < block.units; ++u)
+    if (units[u] > 0.f) work.open.push_back(u);
+  if (block.fill) {
+    work.left.resize(block.units);
+    for (int64_t u = 0; u < block.units; ++u)
+      work.left[u] = units[u] > 0.f ? 0.f : std::max(units[u] + block.lowered[u], 0.f) / 8;
   }
-  static thread_local std::vector<float> buffers[2];
-  const float* now = image;
-  for (int64_t k = 0; k < block->steps; ++k) {
-    const Step& step = block->step[k];
-    const bool last = k + 1 == block->steps;
-    const int64_t most = std::max(step.rows, step.columns);
-    for (int64_t i = every.size(); i < most; ++i) every.push_back(i);
-    const int64_t count = step.open_rows ? open.size() : step.rows;
-    const int64_t channels = step.open_columns ? open.size() : step.columns;
-    const int64_t* rows = step.open_rows ? open.data() : every.data();
-    const int64_t* columns = step.open_columns ? open.data() : every.data();
-    const float* bias = step.bias;
-    if (step.filled) {
-      shifted.assign(step.rows, 0.f);
-      for (int64_t c = 0; c < step.rows; ++c)
-        shifted[c] = (bias ? bias[c] : 0.f) + dot(block->fill + c * block->units, left.data(), block->units);
-      bias = shifted.data();
-    }
+  return true;
+}
+
+// Images side by side, step by step, of (features, height, width); shortcuts and results as the branch gives.
+void run_block(const Block& block, std::vector<Work> all, int64_t height, int64_t width, int64_t total,
+               int64_t threads) {
+  const auto skipped = [&](Work& work) { return !opens(block, work, height * width, total); };
+  all.erase(std::remove_if(all.begin(), all.end(), skipped), all.end());
+  if (all.empty()) return;
+  static thread_local std::vector<Scratch> buffers;  // two for each image
+  buffers.resize(std::max(buffers.size(), 2 * all.size()));
+  std::vector<int64_t> every;
+  for (int64_t k = 0; k < block.steps; ++k) {
+    const Step& step = block.step[k];
+    const bool last = k + 1 == block.steps;
+    for (int64_t i = every.size(); i < std::max(step.rows, step.columns); ++i) every.push_back(i);
     const Layout layout = {height, width, step.kernel, step.stride, step.padding};
-    std::vector<float>& buffer = buffers[k % 2];
-    if (!last) buffer.resize(std::max<size_t>(buffer.size(), count * layout.pixels));
-    float* to = last ? out : buffer.data();
     const Bounds bounds = {step.lowest, step.highest};
-    if (step.depthwise)
-      DepthwiseConvolution{now, step.weight, bias, rows, to, count, layout, bounds}.run(threads);
-    else
-      Convolution{now,   step.weight, bias,         rows,   columns, last ? shortcut : nullptr, to, channels,
-                  count, step.columns, layout, bounds}
-          .run(threads);
-    now = to, height = layout.out_height, width = layout.out_width;
+    std::vector<Convolution> convolutions;
+    std::vector<NarrowConvolution> narrow;
+    for (size_t i = 0; i < all.size(); ++i) {
+      Work& work = all[i];
+      const int64_t count = step.open_rows ? work.open.size() : step.rows;
+      const int64_t channels = step.open_columns ? work.open.size() : step.columns;
+      const int64_t* rows = step.open_rows ? work.open.data() : every.data();
+      const int64_t* columns = step.open_columns ? work.open.data() : every.data();
+      const float *bias = step.bias, *added = last ? work.shortcut : nullptr;
+      if (step.filled) {
+        work.shifted.assign(step.rows, 0.f);
+        for (int64_t c = 0; c < step.rows; ++c)
+          work.shifted[c] = (bias ? bias[c] : 0.f) + dot(block.fill + c * block.units, work.left.data(), block.units);
+        bias = work.shifted.data();
+      }
+      float* to = last ? work.out : buffers[2 * i + k % 2].need(count * layout.pixels);
+      if (step.depthwise)
+        DepthwiseConvolution{work.image, step.weight, bias, rows, to, count, layout, bounds}.run(threads);
+      else if (step.narrow)
+        narrow.push_back({work.image, step.narrow, bias, columns, added, to, channels, count, step.columns, height, width,
+                          bounds});
+      else
+        convolutions.push_back({work.image, step.weight, bias, rows, columns, added, to, channels, count, step.columns,
+                                layout, bounds});
+      work.image = to;
+    }
+    if (!narrow.empty()) NarrowConvolution::run(narrow, threads);
+    if (convolutions.size() == 1) convolutions[0].run(threads);
+    else if (!convolutions.empty()) Convolution::run(convolutions);
+    height = layout.out_height, width = layout.out_width;
   }
+}
+
+// Whether a block's weights are so large that images should share them while they are near.
+bool is_large(const Block& block) {
+  return std::any_of(block.step, block.step + block.steps, [](const Step& s) {
+    return s.kernel == 3 && !s.depthwise && s.rows * s.columns * 9 > FAR;
+  });
 }
 
 }  // namespace
 
 extern "C" {
+
+// Whether weights should be packed for `NarrowConvolution` where convolutions 3 x 3 meet images of this width.
+int64_t gathered_narrow(int64_t width) { return LANES == 16 && NarrowConvolution::fits(width); }
 
 void gathered_conv(const float* images, const float* weight, const float* bias, const int64_t* rows,
                    const int64_t* columns, const float* added, float* out, int64_t batch, int64_t channels,
@@ -132,9 +167,13 @@ void gathered_depthwise(const float* images, const float* weight, const float* b
 // images (batch, features, height, width); shortcut and out (batch, total values).
 void gathered_block(const Block* block, const float* images, const float* shortcut, float* out, int64_t batch,
                     int64_t height, int64_t width, int64_t total, int64_t threads) {
-  each_image(batch, threads, [&](int64_t i, int64_t share) {
-    run_block(block, images + i * block->features * height * width, shortcut + i * total, out + i * total, height,
-              width, total, share);
+  const int64_t image = block->features * height * width, fair = (batch + threads - 1) / threads;
+  const int64_t group = is_large(*block) ? std::min(GROUP, fair) : 1;
+  each_image((batch + group - 1) / group, threads, [&](int64_t g, int64_t share) {
+    std::vector<Work> works;
+    for (int64_t i = g * group; i < std::min(batch, (g + 1) * group); ++i)
+      works.push_back({images + i * image, shortcut + i * total, out + i * total});
+    run_block(*block, std::move(works), height, width, total, share);
   });
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("gathered.cpp", "convolve.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("gathered.cpp", "narrow.h", "convolve.h"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -27,6 +27,7 @@ class Kernels:
     conv: Callable[..., None]
     depthwise: Callable[..., None]
     block: Callable[..., None]
+    narrow: Callable[[int], int]
 
 
 @functools.cache
@@ -49,10 +50,11 @@ def kernels() -> Kernels | None:
     library.gathered_conv.argtypes = [POINTER] * 7 + [NUMBER] * 9 + ends
     library.gathered_depthwise.argtypes = [POINTER] * 5 + [NUMBER] * 7 + ends
     library.gathered_block.argtypes = [POINTER] * 4 + [NUMBER] * 5
+    library.gathered_narrow.argtypes, library.gathered_narrow.restype = [NUMBER], NUMBER
     found = (library.gathered_conv, library.gathered_depthwise, library.gathered_block)
     for function in found:
         function.restype = None
-    return Kernels(*found)
+    return Kernels(*found, library.gathered_narrow)
 
 
 def _build(compiler: str, file: Path) -> None:
