@@ -300,7 +300,7 @@ def _match_side(output: fx.Node, shortcut: fx.Node, cone: list[fx.Node], facts: 
     if not work:
         return f"no convolution or linear layer would be saved by skipping '{output.name}'"
     read = {s for n in cone for s in n.all_input_nodes if s not in inside}
-    entries = {s for s in read if s in facts.live and shape_of(s) is not None}
+    entries = {s for s in read if s in facts.live}  # what is split into several tensors counts too
     if len(entries) != 1:
         names = ", ".join(sorted(e.name for e in entries))
         return f"the branch ending in '{output.name}' reads {len(entries)} tensors ({names}) instead of one"

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -122,21 +123,22 @@ def show_bench(console: Console, timings: list[Timing], rows: list[Row]) -> None
     """Every engine, then each dynamic one beside the fastest dense one."""
     threads = timings[0].threads if timings else 0
     title = f"milliseconds per batch, {threads} thread{'' if threads == 1 else 's'}"
-    table = Table(title=title, title_justify="left")
-    for name in ("engine", "batch", "p50", "p95", "images/s", "difference", "peak MB"):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("engine", "batch", "p50", "p95", "images/s", "difference", "MB"):
         table.add_column(name, justify="left" if name == "engine" else "right", no_wrap=True)
     for t in timings:
         what = f"{'gated' if t.dynamic else 'original'}, {t.engine}"
         figures = (f"{t.p50_ms:.2f}", f"{t.p95_ms:.2f}", f"{t.images_per_second:.1f}", f"{t.max_abs_diff:.1e}")
         table.add_row(what, str(t.batch), *figures, "-" if t.peak_mb is None else f"{t.peak_mb:.0f}")
     console.print(table)
-    shares = Table(title="against the fastest form of the original", title_justify="left")
-    for name in ("engine", "batch", "the fastest is", "MACs", "time", "realised"):
-        shares.add_column(name, justify="left" if name in ("engine", "the fastest is") else "right")
+    title = "against the fastest form of the original; gates: milliseconds alone"
+    shares = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("engine", "batch", "fastest", "MACs", "time", "realised", "gates"):
+        shares.add_column(name, justify="left" if name in ("engine", "fastest") else "right", no_wrap=True)
     for r in rows:
         realised = f"{r.realised:.2f}" if r.macs_share < 1 else "-"
         time, macs = percent(r.time_share), percent(r.macs_share)
-        shares.add_row(r.engine, str(r.batch), r.dense_engine, macs, time, realised)
+        shares.add_row(r.engine, str(r.batch), r.dense_engine, macs, time, realised, f"{r.gates_ms:.2f}")
     console.print(shares)
 
 

@@ -272,3 +272,35 @@ def test_numbers_computed_from_sizes_follow_them():
     for shape in ((3, 3, 8, 8), (2, 3, 16, 12)):
         x = torch.randn(shape)
         assert torch.equal(gated(x), network(x))
+
+
+class Positional(nn.Module):
+    """A branch with layers that read weights alone, as relative positions do; or one that reads parts of a split."""
+
+    def __init__(self, split):
+        super().__init__()
+        self.split, self.place = split, nn.Parameter(torch.randn(1, 64, 2))
+        self.first, self.second = nn.Linear(2, 16), nn.Linear(16, 8)
+        self.stem, self.inner, self.last = nn.Conv2d(3, 8, 1), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        if self.split:
+            a, b = x.chunk(2, 1)
+            return a + self.last(torch.relu(self.inner(a * 2 + b)))
+        bias = self.second(torch.relu(self.first(self.place)))
+        return x + self.last(torch.relu(self.inner(x))) * bias
+
+
+def test_layers_that_read_weights_alone_have_no_gate():
+    found = gatefit.find_blocks(Positional(False), torch.zeros(2, 3, 8, 8))
+    assert [b.gated.target for b in found.blocks] == ["inner"]
+    gated = gatefit.retrofit(Positional(False), torch.zeros(2, 3, 8, 8))
+    gated(torch.randn(5, 3, 8, 8)).sum().backward()
+
+
+def test_a_branch_that_reads_parts_of_a_split_is_refused():
+    [skipped] = [
+        s for s in gatefit.find_blocks(Positional(True), torch.zeros(2, 3, 8, 8)).skipped if "last" in s.reason
+    ]
+    assert "reads 2 tensors" in skipped.reason

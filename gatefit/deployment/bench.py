@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.deployment.engines import Run, dense_engines
+from gatefit.deployment.engines import BF16, Run, dense_engines
 from gatefit.deployment.memory import held_by, peak_of
 from gatefit.deployment.plan import share_of
+from gatefit.deployment.tune import milliseconds
+from gatefit.gates import gates_of
 
 WARM_UP = 5
 PAUSE = 0.1
@@ -55,6 +57,8 @@ class Row:
     realised: float
     """(1 - time share) / (1 - share of MACs): 1 where every MAC that is saved saves its time."""
     max_abs_diff: float
+    gates_ms: float
+    """What the gates alone take in PyTorch."""
     dense_peak_mb: float | None
     dynamic_peak_mb: float | None
 
@@ -87,20 +91,35 @@ def bench(
     engines, peaks = dict[tuple[str, bool], Run](), dict[tuple[str, bool], float | None]()
     for key, make in makers.items():
         engines[key], held = held_by(make)
-        taken = peak_of(lambda: engines[key](batches[0]))  # noqa: B023
-        peaks[key] = None if held is None or taken is None else held + taken
+        more = peak_of(lambda: engines[key](batches[0]))  # noqa: B023
+        peaks[key] = None if held is None or more is None else held + more
     timings = []
-    for (name, dynamic), milliseconds in _times(engines, batches, rounds).items():
+    for (name, dynamic), taken in _times(engines, batches, rounds).items():
         wanted, run = (gated if dynamic else original), engines[name, dynamic]
         difference = max(float((run(b) - wanted(b)).abs().max()) for b in batches[:COMPARED])
-        ordered = sorted(milliseconds)
+        ordered = sorted(taken)
         p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
         median = statistics.median(ordered)
         peak = peaks[name, dynamic]
         timings.append(Timing(name, dynamic, batch, torch.get_num_threads(), median, p95, difference, peak))
     share = share_of(gated, batches)
-    fastest = min((t for t in timings if not t.dynamic), key=lambda t: t.p50_ms)
-    return timings, [_row(t, fastest, share) for t in timings if t.dynamic]
+    fastest = min((t for t in timings if not t.dynamic and t.engine != BF16), key=lambda t: t.p50_ms)
+    gates = _gates_ms(gated, batches[0])
+    return timings, [_row(t, fastest, share, gates) for t in timings if t.dynamic]
+
+
+def _gates_ms(gated: fx.GraphModule, batch: Tensor) -> float:
+    """Milliseconds for all gates alone in PyTorch, pooling and layers, one after another."""
+    given: list[tuple[nn.Module, Tensor]] = []
+
+    def note(gate: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        given.append((gate, inputs[0]))
+
+    hooks = [gate.register_forward_pre_hook(note) for gate in gates_of(gated).values()]
+    gated(batch)
+    for hook in hooks:
+        hook.remove()
+    return milliseconds([lambda: [gate(x) for gate, x in given]], [()])[0]
 
 
 def _times(
@@ -121,7 +140,7 @@ def _times(
     return found
 
 
-def _row(dynamic: Timing, dense: Timing, share: float) -> Row:
+def _row(dynamic: Timing, dense: Timing, share: float, gates: float) -> Row:
     time_share = dynamic.p50_ms / dense.p50_ms
     return Row(
         engine=dynamic.engine,
@@ -134,6 +153,7 @@ def _row(dynamic: Timing, dense: Timing, share: float) -> Row:
         time_share=time_share,
         realised=(1 - time_share) / (1 - share) if share < 1 else 0.0,
         max_abs_diff=dynamic.max_abs_diff,
+        gates_ms=gates,
         dense_peak_mb=dense.peak_mb,
         dynamic_peak_mb=dynamic.peak_mb,
     )

@@ -1,7 +1,8 @@
-"""What runs networks: plain PyTorch, PyTorch compiled, ONNX Runtime."""
+"""What runs networks: plain PyTorch, PyTorch compiled, ONNX Runtime, OpenVINO."""
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ from gatefit.gates import gates_of
 Network = TypeVar("Network", bound=nn.Module)
 Run = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) to predictions (B, classes)."""
+BF16 = "inductor, bf16"
+"""Computes something else, with less precision: it is timed for the record."""
 
 
 def has_onnx() -> bool:
@@ -146,7 +149,27 @@ def dense_engines(original: nn.Module, images: Tensor) -> dict[str, Callable[[],
         engines["torch, gathered"] = lambda: with_gathered_convs(copy.deepcopy(folded))
     if has_onnx():
         engines["onnxruntime"] = exported
+    if importlib.util.find_spec("openvino"):
+        engines["openvino"] = lambda: _in_openvino(folded, images)
+    engines[BF16] = lambda: _in_bf16(folded)
     return engines
+
+
+def _in_bf16(network: nn.Module) -> Run:
+    compiled = _compiled(copy.deepcopy(network).to(torch.bfloat16))
+    return lambda x: compiled(x.to(torch.bfloat16)).float()
+
+
+def _in_openvino(network: nn.Module, images: Tensor) -> Run:
+    import openvino
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = openvino.convert_model(network, example_input=images)
+    wishes = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    wishes["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
+    request = openvino.Core().compile_model(model, "CPU", wishes).create_infer_request()
+    return lambda x: torch.from_numpy(request.infer({0: x.contiguous().numpy()})[0].copy())
 
 
 def _compiled(network: nn.Module) -> Run:

@@ -20,6 +20,8 @@ void by_rows(const float* image, const float* weight, const int64_t* columns, in
   Lanes a[H * P] = {};
   for (int64_t j = 0; j < channels; ++j) {
     const float *plane = image + j * height * width + left, *taps = weight + columns[j] * 9 * LANES;
+    if (j + 2 < channels)
+      for (int t = 0; t < 9; ++t) __builtin_prefetch(weight + (columns[j + 2] * 9 + t) * LANES);
     if constexpr (H > 2) {  // short lines: a weight is loaded once for all of them
 #pragma GCC unroll 3
       for (int dy = 0; dy < 3; ++dy)

@@ -96,13 +96,12 @@ def _inputs(
 
 @torch.no_grad()
 def milliseconds(runs: Sequence[Callable[..., object]], inputs: Sequence[tuple[Tensor, ...]]) -> list[float]:
-    """How long each run takes: mean over inputs of the median over rounds, interleaved."""
-    for run in runs:
-        run(*inputs[0])
+    """How long each run takes, with its weights at hand: mean over inputs of the median over rounds, interleaved."""
     taken: list[list[list[float]]] = [[[] for _ in inputs] for _ in runs]
     for _ in range(ROUNDS):
         for i, given in enumerate(inputs):
             for run, into in zip(runs, taken, strict=True):
+                run(*given)
                 began = time.perf_counter()
                 run(*given)
                 into[i].append(1000 * (time.perf_counter() - began))
