@@ -34,10 +34,10 @@ class Case:
 
 
 CASES = (
-    Case("examples/cifar_resnet.py:resnet18", (1, 32), 60),
-    Case("examples/cifar_resnet.py:resnet18", (1, 32), 60, share=1.0),
-    Case("timm/resnet50", (1, 8), 20),
-    Case("timm/mobilenetv2_100", (1, 32), 30),
+    Case("examples/cifar_resnet.py:resnet18", (1, 32), 30),
+    Case("examples/cifar_resnet.py:resnet18", (1,), 30, share=1.0),
+    Case("timm/resnet50", (1, 8), 12),
+    Case("timm/mobilenetv2_100", (1, 32), 16),
 )
 
 

@@ -1,6 +1,7 @@
 """Deployed networks answer as the gated ones do, for every image and every mask, and leave out what is closed."""
 
 import copy
+import sys
 
 import pytest
 import timm
@@ -15,9 +16,10 @@ from gatefit.deployment.branch import place_of
 from gatefit.deployment.chain import ChainBlock
 from gatefit.deployment.codebook import assign, choose_codebook, expected_units, most_frequent
 from gatefit.deployment.dynamic import DynamicBlock
-from gatefit.deployment.engines import OnnxNetwork, masked_onnx, packed
+from gatefit.deployment.engines import BF16, OnnxNetwork, dense_engines, masked_onnx, packed
 from gatefit.deployment.folder import load_deployed, write_deployment
 from gatefit.deployment.gathered import GatheredBlock, GatheredConv
+from gatefit.deployment.memory import held_by, peak_of
 from gatefit.deployment.native import kernels
 from gatefit.deployment.native_network import gathered_network
 from gatefit.deployment.plan import BlockPlan, observe, plan_block
@@ -338,6 +340,23 @@ def test_harvest_drops_what_no_calibration_image_opens():
     assert all(book.all() for p in gatefit.deploy(gated, few, masks=1).meta["plans"] for book in p.codebook[-1:])
     with torch.no_grad():
         assert same(harvested(few), gated(few)) and not same(harvested(images(9, seed=5)), gated(images(9, seed=5)))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+def test_memory_is_what_is_held_and_what_a_run_takes():
+    made, held = held_by(lambda: torch.ones(20_000_000))
+    assert made.numel() == 20_000_000 and 60 < held < 120
+    taken = peak_of(lambda: torch.ones(20_000_000).sum())
+    assert taken is None or 60 < taken < 120
+
+
+def test_dense_engines_answer_alike():
+    network = make("basic").eval()
+    x = images(3)
+    with torch.no_grad():
+        for name, engine in dense_engines(network, x).items():
+            allowed = 0.1 if name == BF16 else 1e-4
+            assert float((engine()(x) - network(x)).abs().max()) < allowed * float(network(x).abs().max())
 
 
 def test_forms_of_a_block():
