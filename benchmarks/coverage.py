@@ -35,8 +35,8 @@ from gatefit.models import ModelReference, build, input_spec, names_like, parse_
 
 SECONDS = 300
 SIDE = 64
-MOST_PARAMETERS = 366_000_000
-"""Networks above are not checked: a check holds four copies of the weights."""
+LARGEST = 1_100_000_000
+"""Parameters of the largest networks that are checked: a check holds four copies of the weights."""
 ALONE = 366_000_000
 """Networks above are checked one at a time, after all others."""
 ONE_SIZE = "passed at one size"
@@ -126,24 +126,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("patterns", nargs="*", default=[""])
     parser.add_argument("--check", action="store_true", help="convert and take a training step too")
+    parser.add_argument("--largest", type=float, default=LARGEST, help="parameters of the largest that are checked")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=DOCS / "coverage.md")
     options = parser.parse_args()
     names = list(dict.fromkeys(n for p in options.patterns for n in names_like(p)))
     kept = options.out.with_suffix(".part.jsonl")
-    outcomes = run(names, options.check, options.jobs, kept)
+    outcomes = run(names, options.largest if options.check else 0, options.jobs, kept)
     write_json(options.out.with_suffix(".json"), {"networks": [asdict(o) for o in outcomes]})
     write_atomically(options.out, lambda file: file.write_text(report(outcomes)))
     kept.unlink()
     Console().print(totals(outcomes), markup=False)
 
 
-def run(names: list[str], checked: bool, jobs: int, kept: Path) -> list[Outcome]:
-    """One process for each name, `jobs` at a time; those that stand in `kept` already are not run again."""
+def run(names: list[str], largest: float, jobs: int, kept: Path) -> list[Outcome]:
+    """One process for each name, `jobs` at a time; those that stand in `kept` already are not run again.
+
+    Checked are networks of up to `largest` parameters; 0: none.
+    """
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # a third of the time was page faults
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gatefit.coverage", "gatefit.surgery"])
-    done = _kept(kept, checked)
+    done = _kept(kept, largest > 0)
     waiting, large, running = [n for n in reversed(names) if n not in done], list[str](), {}
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("networks", total=len(waiting))
@@ -163,7 +167,7 @@ def run(names: list[str], checked: bool, jobs: int, kept: Path) -> list[Outcome]
             while waiting and len(running) < jobs:
                 name = waiting.pop()
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(name, checked, jobs == 1, sender))
+                process = context.Process(target=_work, args=(name, largest, jobs == 1, sender))
                 process.start()
                 sender.close()
                 running[receiver] = (name, process, time.monotonic())
@@ -196,7 +200,7 @@ def _kept(file: Path, checked: bool) -> dict[str, Outcome]:
     return {o.coverage.name: o for o in outcomes if not checked or o.checked or not o.coverage.blocks}
 
 
-def _work(name: str, checked: bool, alone: bool, sender: Connection) -> None:
+def _work(name: str, largest: float, alone: bool, sender: Connection) -> None:
     began = time.monotonic()
     torch.set_num_threads(os.cpu_count() or 1 if alone else 1)
     try:
@@ -204,11 +208,11 @@ def _work(name: str, checked: bool, alone: bool, sender: Connection) -> None:
     except Exception as error:
         coverage = Coverage(name, "", reason=f"{type(error).__name__}: {error}"[:300])
     outcome = Outcome(coverage, time.monotonic() - began)
-    if checked and coverage.parameters > MOST_PARAMETERS:
+    if coverage.parameters > largest > 0:
         outcome = replace(outcome, checked=f"not checked: {coverage.parameters / 1e6:.0f} M parameters")
-    elif checked and coverage.blocks and coverage.parameters > ALONE and not alone:
+    elif largest and coverage.blocks and coverage.parameters > ALONE and not alone:
         outcome = replace(outcome, checked=WAITS)
-    elif checked and coverage.blocks:
+    elif largest and coverage.blocks:
         try:
             outcome = replace(outcome, checked=check(name))
         except Exception as error:
