@@ -137,7 +137,7 @@ def recognise(model: nn.Module) -> ModelReference | None:
         try:
             with torch.device("meta"):
                 built = build(reference)
-        except (ModelError, RuntimeError, NotImplementedError):
+        except (ModelError, RuntimeError):
             continue
         if {k: v.shape for k, v in built.state_dict().items()} == wanted:
             return reference

@@ -88,7 +88,7 @@ def deploy(
             forms.append(gathered_network(gated, plans, batches, [TORCH] * len(engines)))
     taken = milliseconds(forms, [(b,) for b in batches]) if len(forms) > 1 else [0.0]
     chosen = forms[taken.index(min(taken))]
-    chosen.meta |= {"plans": deployed.meta["plans"]}
+    chosen.meta["plans"] = deployed.meta["plans"]
     return chosen
 
 

@@ -62,7 +62,7 @@ class Link:
         plain = not conv.depthwise and (*size, conv.stride, conv.padding) == (3, 3, 1, 1)
         if not plain or self.open_rows or out % LANES:
             return None
-        return weight.view(-1, LANES, into, 9).permute(0, 2, 3, 1).contiguous()
+        return weight.view(-1, LANES, into, 9).permute(2, 0, 3, 1).contiguous()
 
 
 class ChainBlock(nn.Module):

@@ -143,12 +143,12 @@ struct Layout {
 // stand at pixels + j * plane + places[t] + v * LANES.
 template <int R, int V>
 void multiply(const float* pixels, int64_t plane, const int64_t* places, int64_t taps, const float* const* rows,
-              const int64_t* columns, int64_t channels, bool more, Lanes (*sums)[V]) {
+              const int64_t* columns, int64_t channels, bool more, float* sums) {
   Lanes a[R][V];
   const float* weights[R];
   for (int r = 0; r < R; ++r) {
     weights[r] = rows[r];
-    for (int v = 0; v < V; ++v) a[r][v] = more ? sums[r][v] : Lanes{};
+    for (int v = 0; v < V; ++v) a[r][v] = more ? load(sums + (r * V + v) * LANES) : Lanes{};
   }
   for (int64_t j = 0; j < channels; ++j, pixels += plane) {
     int64_t at = columns[j];
@@ -163,23 +163,16 @@ void multiply(const float* pixels, int64_t plane, const int64_t* places, int64_t
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sums[r][v] = a[r][v];
+    for (int v = 0; v < V; ++v) store(sums + (r * V + v) * LANES, a[r][v]);
 }
 
-using Multiply = void (*)(const float*, int64_t, const int64_t*, int64_t, const float* const*, const int64_t*, int64_t,
-                          bool, float*);
-
-template <int R, int V>
-void multiply_into(const float* pixels, int64_t plane, const int64_t* places, int64_t taps, const float* const* rows,
-                   const int64_t* columns, int64_t channels, bool more, float* sums) {
-  multiply<R, V>(pixels, plane, places, taps, rows, columns, channels, more, reinterpret_cast<Lanes(*)[V]>(sums));
-}
+using Multiply = decltype(&multiply<1, 1>);
 
 struct Table {
   Multiply of[ROWS + 1][VECTORS + 1] = {};
   template <int R, int V>
   void fill() {
-    if constexpr (R * V <= SUMS) of[R][V] = multiply_into<R, V>;
+    if constexpr (R * V <= SUMS) of[R][V] = multiply<R, V>;
     if constexpr (V > 1) fill<R, V - 1>();
     else if constexpr (R > 1) fill<R - 1, VECTORS>();
   }
@@ -239,18 +232,19 @@ struct Convolution {
     static thread_local Scratch panel;
     copies.resize(std::max(copies.size(), all.size())), sums.resize(std::max(sums.size(), all.size()));
     std::vector<std::vector<int64_t>> columns_at;
+    std::vector<Tiles> tiles;
     for (size_t i = 0; i < all.size(); ++i) {
       float* copy = copies[i].need(all[i].room());
       for (int64_t c = 0; c < all[i].channels; ++c)
         one.layout.spread(all[i].image + c * one.layout.height * one.layout.width, copy + c * one.layout.plane);
       columns_at.push_back(all[i].offsets());
+      tiles.emplace_back(all[i]);
     }
-    const Tiles tiles(one, one.count);
     for (int64_t begin = 0; begin < one.channels; begin += chunk)
       for (size_t i = 0; i < all.size(); ++i) {
-        const Tiles its(all[i], all[i].count);
+        const Tiles& its = tiles[i];
         all[i].add(copies[i].memory.data(), columns_at[i].data(), its, 0, begin, std::min(chunk, one.channels - begin), 0,
-                   its.groups, panel.need(chunk * taps * tiles.wide * LANES + 2 * LANES),
+                   its.groups, panel.need(chunk * taps * its.wide * LANES + 2 * LANES),
                    sums[i].need(its.groups * its.high * its.wide * LANES));
       }
   }
@@ -274,18 +268,18 @@ struct Convolution {
   struct Tiles {
     Layout result;  // of what is summed
     int64_t vectors, count, wide, high, groups;
-    Tiles(const Convolution& it, int64_t rows) : result(it.layout) {
+    explicit Tiles(const Convolution& it) : result(it.layout) {
       if (it.dense()) result.reach = 0, result.positions = it.layout.pixels;
       vectors = vectors_of(result.positions), count = (vectors + VECTORS - 1) / VECTORS;
       wide = (vectors + count - 1) / count;
-      high = wide == 1 ? LONE_ROWS : std::min<int64_t>(ROWS, SUMS / wide), groups = (rows + high - 1) / high;
+      high = wide == 1 ? LONE_ROWS : std::min<int64_t>(ROWS, SUMS / wide), groups = (it.count + high - 1) / high;
     }
     int64_t begin(int64_t tile) const { return vectors * tile / count; }
   };
 
   // Tiles of pixels by groups of rows, in chunks of input channels.
   void part(const float* source, const int64_t* columns_at, Share share) const {
-    const Tiles tiles(*this, count);
+    const Tiles tiles(*this);
     const bool by_tiles = tiles.count >= tiles.groups || tiles.count >= 4 * share.all;
     const Share whole = {0, 1}, of_tiles = by_tiles ? share : whole, of_groups = by_tiles ? whole : share;
     const int64_t first = of_groups.begin(tiles.groups), last = of_groups.end(tiles.groups);

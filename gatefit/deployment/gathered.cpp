@@ -5,7 +5,6 @@
 namespace {
 
 constexpr int64_t GROUP = 16;  // images that share large weights
-constexpr int64_t LARGE = 1 << 20;  // weights that a single image should read in the order that they lie in
 
 // A convolution in the chain of a branch; open_rows and open_columns say whether the open units are its rows, columns.
 struct Step {
@@ -113,7 +112,7 @@ void run_block(const Block& block, std::vector<Work> all, int64_t height, int64_
       float* to = last ? work.out : buffers[2 * i + k % 2].need(count * layout.pixels);
       if (step.depthwise)
         DepthwiseConvolution{work.image, step.weight, bias, rows, to, count, layout, bounds}.run(threads);
-      else if (step.narrow && (all.size() > 1 || step.rows * step.columns * 9 < LARGE))
+      else if (step.narrow)
         narrow.push_back({work.image, step.narrow, bias, columns, added, to, channels, count, step.columns, height, width,
                           bounds});
       else
