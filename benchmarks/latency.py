@@ -48,26 +48,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "speed.md")
     options = parser.parse_args()
-    rows = []
+    content: dict[str, Any] = {"machine": asdict(this_machine()), "rows": [], "engines": []}
     for case in CASES:
         if options.pattern in case.network:
             for threads in options.threads:
-                rows += [{"network": case.network} | row for row in run(case, threads)]
-    content = {"machine": asdict(this_machine()), "rows": rows}
+                measured = run(case, threads)
+                for kind in ("rows", "engines"):
+                    content[kind] += [{"network": case.network, "share": case.share} | row for row in measured[kind]]
     write_json(options.out.with_suffix(".json"), content)
     write_atomically(options.out, lambda file: file.write_text(report(content)))
     Console().print(f"written: {options.out}", markup=False)
 
 
-def run(case: Case, threads: int) -> list[dict[str, object]]:
-    """The rows of `gatefit bench`."""
+def run(case: Case, threads: int) -> dict[str, list[dict[str, Any]]]:
+    """The rows and engines of `gatefit bench`."""
     sizes = ",".join(map(str, case.batches))
     command = [sys.executable, "-m", "gatefit", "bench", case.network, "--what-if", str(case.share), "--batch", sizes]
     command += ["--threads", str(threads), "--rounds", str(case.rounds), "--json"]
     Console(stderr=True).print(f"{case.network}, {threads} threads", markup=False)
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-    rows: list[dict[str, object]] = json.loads(done.stdout)["rows"]
-    return rows
+    measured: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
+    return measured
 
 
 def report(content: dict[str, Any]) -> str:
@@ -85,12 +86,34 @@ def report(content: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
     )
     lines = [
-        f"| {r['network'].split('/')[-1].split(':')[-1]} | {r['threads']} | {r['batch']} | {r['dense_engine']} "
+        f"| {name_of(r)} | {r['threads']} | {r['batch']} | {r['dense_engine']} "
         f"| {r['dense_ms']:.2f} | {r['engine']} | {r['dynamic_ms']:.2f} | {r['macs_share']:.3f} "
         f"| {r['time_share']:.3f} | {realised(r)} | {r['max_abs_diff']:.0e} | {r['gates_ms']:.2f} | {megabytes(r)} |"
         for r in content["rows"]
     ]
+    return head + "\n".join(lines) + "\n" + every_engine(content["engines"])
+
+
+def every_engine(engines: list[dict[str, Any]]) -> str:
+    """A table of all that was timed, a line for each network, number of threads and batch size."""
+    runs: dict[tuple[Any, ...], dict[str, str]] = {}
+    for e in engines:
+        name = e["engine"] + (", gated" if e["dynamic"] else "")
+        key = (name_of(e), e["share"], e["threads"], e["batch"])
+        runs.setdefault(key, {})[name] = f"{e['p50_ms']:.2f} ({e['p95_ms']:.2f})"
+    names = list(dict.fromkeys(name for run in runs.values() for name in run))
+    head = (
+        "\n## Every engine\n\nMilliseconds for a batch: median, and 95th percentile in brackets. A share of 1 is the "
+        "placebo: what gates cost that never close.\n\n"
+        f"| network | share | threads | batch | {' | '.join(names)} |\n{'| --- ' * (4 + len(names))}|\n"
+    )
+    lines = [f"| {' | '.join([*map(str, key), *(run.get(n, '-') for n in names)])} |" for key, run in runs.items()]
     return head + "\n".join(lines) + "\n"
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """Of the network, without what comes before."""
+    return str(row["network"].split("/")[-1].split(":")[-1])
 
 
 def megabytes(row: dict[str, Any]) -> str:
