@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gatefit
 from gatefit.cost import opens_of
 from gatefit.deployment.branch import place_of
-from gatefit.deployment.chain import ChainBlock
+from gatefit.deployment.chain import ChainBlock, ChainBlocks
 from gatefit.deployment.codebook import assign, choose_codebook, expected_units, most_frequent
 from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.engines import BF16, OnnxNetwork, dense_engines, masked_onnx, packed
@@ -187,9 +187,9 @@ def test_gathered_networks_are_exact(name, form, fill, monkeypatch):
 class Narrow(nn.Module):
     """A block of 3 x 3 convolutions with as many channels as registers are filled with."""
 
-    def __init__(self, hidden=48):
+    def __init__(self, width=32, hidden=48):
         super().__init__()
-        self.first, self.second = nn.Conv2d(32, hidden, 3, padding=1), nn.Conv2d(hidden, 32, 3, padding=1)
+        self.first, self.second = nn.Conv2d(width, hidden, 3, padding=1), nn.Conv2d(hidden, width, 3, padding=1)
 
     def forward(self, x):
         return (x + self.second(self.first(x).relu())).relu()
@@ -197,20 +197,72 @@ class Narrow(nn.Module):
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("height", [1, 2, 5, 16])
+@pytest.mark.parametrize("height", [1, 2, 4, 5, 16])
 @pytest.mark.parametrize("width", [4, 7, 8, 14, 16, 28, 32, 9])
 def test_narrow_images(width, height, threads):
+    _check_narrow(Narrow(), 32, height, width, threads)
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [4, 7])
+def test_large_weights_of_narrow_images(size, threads):
+    _check_narrow(Narrow(352, 352), 352, size, size, threads)
+
+
+def _check_narrow(network, channels, height, width, threads):
     torch.manual_seed(0)
-    gated = gatefit.retrofit(Narrow(), torch.zeros(2, 32, 8, 8), "lc", "step", fill=True).eval()
+    gated = gatefit.retrofit(network, torch.zeros(2, channels, 8, 8), "lc", "step", fill=True).eval()
     [gate] = gates_of(gated).values()
     torch.nn.init.normal_(gate.channel.weight, std=3.0)
-    block = ChainBlock(gated, gate, place_of(gated, gate), BlockPlan(gate.of.name, True, None))
+    blocks = ChainBlocks([ChainBlock(gated, gate, place_of(gated, gate), BlockPlan(gate.of.name, True, None))])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for x in (torch.randn(1, 32, height, width), torch.randn(5, 32, height, width)):
+        for x in (torch.randn(1, channels, height, width), torch.randn(5, channels, height, width)):
             with torch.no_grad():
-                assert same(block(x, x), gated(x))
+                assert same(blocks(x, x), gated(x))
+    finally:
+        torch.set_num_threads(before)
+
+
+class Chains(nn.Module):
+    """Blocks behind each other: with a shortcut of its own, two with their input, and one whose input goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Narrow(8, 8) for _ in range(4))
+        self.shortcut = nn.Conv2d(8, 8, 1)
+        self.block = Narrow(8, 8)
+
+    def forward(self, x):
+        x = x.relu()
+        x = (self.shortcut(x) + self.block.second(self.block.first(x).relu())).relu()
+        x = self.blocks[1](self.blocks[0](x))
+        x = self.blocks[2](x)
+        return (x * self.blocks[3](x)).mean((2, 3))
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_blocks_behind_each_other_run_in_one_call(threads, monkeypatch):
+    monkeypatch.setattr("gatefit.deployment.stretches.has_onnx", lambda: False)
+    torch.manual_seed(0)
+    gated = gatefit.retrofit(Chains(), torch.zeros(2, 8, 9, 9), "lc", "step", fill=True).eval()
+    for gate in gates_of(gated).values():
+        torch.nn.init.normal_(gate.channel.weight, std=3.0)
+        torch.nn.init.normal_(gate.block.weight, std=3.0)
+    x = torch.randn(6, 8, 9, 9)
+    seen = observe(gated, [x])
+    plans = {n: plan_block(gated, gates_of(gated)[n], seen[n], 4) for n in seen}
+    deployed = gathered_network(gated, plans, [x])
+    assert [len(m.blocks) for m in deployed.modules() if isinstance(m, ChainBlocks)] == [4, 1]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            for images in (x, x[:1], torch.randn(3, 8, 5, 7)):
+                assert same(deployed(images), gated(images))
     finally:
         torch.set_num_threads(before)
 

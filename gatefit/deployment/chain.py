@@ -1,8 +1,9 @@
-"""A block in one call: gates, the choice of units and a branch that is a chain of convolutions, all compiled."""
+"""Blocks in one call: gates, the choice of units and branches that are chains of convolutions, all compiled."""
 
 import ctypes
 import math
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 from gatefit.deployment.branch import SHORTCUT, Place
 from gatefit.deployment.dynamic import Saliences
 from gatefit.deployment.gathered import OPEN, GatheredConv, gathered_way, need_kernels
-from gatefit.deployment.native import NUMBER, POINTER, REAL
+from gatefit.deployment.native import NUMBER, POINTER, REAL, Kernels
 from gatefit.deployment.plan import BlockPlan
 from gatefit.deployment.prepack import activation_of
 from gatefit.errors import DeployError
@@ -66,7 +67,7 @@ class Link:
 
 
 class ChainBlock(nn.Module):
-    """A block with step gates whose branch is a chain of convolutions: (input, shortcut) -> shortcut + branch.
+    """What the kernels need to know of a block with step gates whose branch is a chain of convolutions.
 
     Raises:
         DeployError: it is no such block.
@@ -82,43 +83,27 @@ class ChainBlock(nn.Module):
         self.convs = nn.ModuleList(link.conv for link in self.links)
         self.fill = None if gate.fill is None else way.get_submodule("fill")
         self.bounds = (0.0 if place.relu is not None else -math.inf, math.inf)
-        self.shares = True
-        """Whether threads share one image; they always share a batch."""
-        self._told: tuple[Any, ...] | None = None
 
-    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """Add the branch of x, (B, C, H, W) float32, to the shortcut, and apply what comes right behind."""
-        run = need_kernels(x).block
-        if self._told is None or self._told[-1] != x.shape[2:]:
-            self._told = self._tell(x)
-        x, shortcut = x.contiguous(), shortcut.contiguous()
-        result = torch.empty_like(shortcut)
-        places = (x.data_ptr(), shortcut.data_ptr(), result.data_ptr())
-        total = shortcut.numel() // max(1, len(x))
-        threads = torch.get_num_threads()
-        run(self._told[0], *places, len(x), *x.shape[2:], total, threads if self.shares else min(threads, len(x)))
-        return result
-
-    def _tell(self, x: Tensor) -> tuple[Any, ...]:
-        """The block in the kernel's words for inputs like x, all that it points to, and their size."""
-        packed = self._packed(x)
+    def told(self, run: Kernels, height: int, width: int) -> tuple[_Block, Any, tuple[int, int]]:
+        """The block in the kernels' words for inputs of a size, all that it points to, and the size behind it."""
         gate, fc = self.saliences.gate, self.saliences.fc
-        steps = (_Step * len(self.links))(
-            *(
-                _Step(
-                    link.conv.weight.data_ptr(),
-                    None if link.conv.bias is None else link.conv.bias.data_ptr(),
-                    None if narrow is None else narrow.data_ptr(),
-                    *link.conv.weight.shape[:2],
-                    link.conv.weight.shape[2],
-                    link.conv.stride,
-                    link.conv.padding,
-                    *(int(b) for b in (link.conv.depthwise, link.open_rows, link.open_columns, link.filled)),
-                    *link.bounds,
-                )
-                for link, narrow in zip(self.links, packed, strict=True)
+        steps = (_Step * len(self.links))()
+        packed = []
+        for i, link in enumerate(self.links):
+            weight, bias, stride, padding = link.conv.weight, link.conv.bias, link.conv.stride, link.conv.padding
+            narrow = link.narrow() if run.narrow(width) else None
+            packed.append(narrow)
+            steps[i] = _Step(
+                weight.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+                None if narrow is None else narrow.data_ptr(),
+                *weight.shape[:3],
+                stride,
+                padding,
+                *(int(b) for b in (link.conv.depthwise, link.open_rows, link.open_columns, link.filled)),
+                *link.bounds,
             )
-        )
+            height, width = ((s + 2 * padding - weight.shape[2]) // stride + 1 for s in (height, width))
         block = _Block(
             fc.weight.data_ptr(),
             fc.bias.data_ptr(),
@@ -131,18 +116,44 @@ class ChainBlock(nn.Module):
             steps,
             *self.bounds,
         )
-        return ctypes.byref(block), block, steps, packed, x.shape[2:]
+        return block, (steps, packed), (height, width)
 
-    def _packed(self, x: Tensor) -> list[Tensor | None]:
-        """Weights packed for the sizes that they meet; they are kept while those do not change."""
-        packed = []
-        width = x.shape[3]
-        for link in self.links:
-            packed.append(link.narrow() if need_kernels(x).narrow(width) else None)
-            width = (width + 2 * link.conv.padding - link.conv.weight.shape[2]) // link.conv.stride + 1
-        return packed
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "ChainBlock":
+class ChainBlocks(nn.Module):
+    """Blocks one behind the other, in one call: (input, shortcut) -> result of the last.
+
+    All but the first have their input for a shortcut. An image goes through all of them while it is in the cache.
+    """
+
+    def __init__(self, blocks: Iterable[ChainBlock]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self._told: tuple[Any, ...] | None = None
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """Run x, (B, C, H, W) float32, through the first branch, add it to the shortcut, and so on."""
+        run = need_kernels(x)
+        if self._told is None or self._told[-1] != x.shape[2:]:
+            self._told = self._tell(run, x)
+        x, shortcut = x.contiguous(), shortcut.contiguous()
+        result = torch.empty_like(shortcut)
+        places = (x.data_ptr(), shortcut.data_ptr(), result.data_ptr())
+        total = shortcut.numel() // max(1, len(x))
+        run.blocks(self._told[0], len(self.blocks), *places, len(x), *x.shape[2:], total, torch.get_num_threads())
+        return result
+
+    def _tell(self, run: Kernels, x: Tensor) -> tuple[Any, ...]:
+        """All blocks in the kernels' words for inputs like x, what they point to, and its size."""
+        blocks = (_Block * len(self.blocks))()
+        kept = []
+        size = (x.shape[2], x.shape[3])
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, ChainBlock)
+            blocks[i], pointed, size = block.told(run, *size)
+            kept.append(pointed)
+        return blocks, kept, x.shape[2:]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ChainBlocks":
         self._told = None  # the weights may lie elsewhere now
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -150,6 +161,23 @@ class ChainBlock(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Addresses hold for these weights alone.
         return {**self.__dict__, "_told": None}
+
+
+def join_chains(network: fx.GraphModule) -> fx.GraphModule:
+    """Make one of each `ChainBlocks` and another that takes its result, and nothing else, for input and shortcut."""
+    for node in network.graph.nodes:
+        block = module_of(network, node)
+        before = node.args[0] if isinstance(block, ChainBlocks) else None
+        if not isinstance(before, fx.Node) or node.args[1] is not before or len(before.users) > 1:
+            continue
+        former = module_of(network, before)
+        if isinstance(block, ChainBlocks) and isinstance(former, ChainBlocks):
+            network.set_submodule(str(node.target), ChainBlocks((*former.blocks, *block.blocks)))  # type: ignore[arg-type]
+            node.args = before.args
+            network.graph.erase_node(before)
+    network.delete_all_unused_submodules()
+    network.recompile()
+    return network
 
 
 def _chain(way: fx.GraphModule) -> list[Link]:

@@ -1,5 +1,7 @@
 // Gated blocks, and the convolutions they are made of, for batches of images; called from Python.
 
+#include <omp.h>
+
 #include "narrow.h"
 
 namespace {
@@ -79,7 +81,8 @@ bool opens(const Block& block, Work& work, int64_t pixels, int64_t total) {
   return true;
 }
 
-// Images side by side, step by step, of (features, height, width); shortcuts and results as the branch gives.
+// Images side by side, step by step, of (features, height, width); shortcuts and results, of `total` values, as the
+// branch gives.
 void run_block(const Block& block, std::vector<Work> all, int64_t height, int64_t width, int64_t total,
                int64_t threads) {
   const auto skipped = [&](Work& work) { return !opens(block, work, height * width, total); };
@@ -127,6 +130,25 @@ void run_block(const Block& block, std::vector<Work> all, int64_t height, int64_
   }
 }
 
+// Images side by side through blocks, of which all but the first have their input for a shortcut.
+void run_blocks(const Block* blocks, int64_t count, const std::vector<Work>& all, int64_t height, int64_t width,
+                int64_t total, int64_t threads) {
+  static thread_local std::vector<Scratch> between;  // two for each image
+  between.resize(std::max(between.size(), 2 * all.size()));
+  std::vector<Work> now = all;
+  for (int64_t k = 0; k < count; ++k) {
+    for (size_t i = 0; i < all.size(); ++i) {
+      if (k) now[i].image = now[i].shortcut = now[i].out;
+      now[i].out = k + 1 == count ? all[i].out : between[2 * i + k % 2].need(total);
+    }
+    run_block(blocks[k], now, height, width, total, threads);
+    for (const Step* s = blocks[k].step; s < blocks[k].step + blocks[k].steps; ++s) {
+      const Layout layout = {height, width, s->kernel, s->stride, s->padding};
+      height = layout.out_height, width = layout.out_width;
+    }
+  }
+}
+
 // Whether a block's weights are so large that images should share them while they are near.
 bool is_large(const Block& block) {
   return std::any_of(block.step, block.step + block.steps, [](const Step& s) {
@@ -164,16 +186,19 @@ void gathered_depthwise(const float* images, const float* weight, const float* b
   });
 }
 
-// images (batch, features, height, width); shortcut and out (batch, total values).
-void gathered_block(const Block* block, const float* images, const float* shortcut, float* out, int64_t batch,
-                    int64_t height, int64_t width, int64_t total, int64_t threads) {
-  const int64_t image = block->features * height * width, fair = (batch + threads - 1) / threads;
-  const int64_t group = is_large(*block) ? std::min(GROUP, fair) : 1;
+// Let OpenMP's threads go: for a while after their work they wait without sleeping, in the way of others.
+void gathered_rest() { omp_pause_resource_all(omp_pause_soft); }
+
+// images (batch, features, height, width) of the first block; shortcut and out (batch, total values).
+void gathered_blocks(const Block* blocks, int64_t count, const float* images, const float* shortcut, float* out,
+                     int64_t batch, int64_t height, int64_t width, int64_t total, int64_t threads) {
+  const int64_t image = blocks->features * height * width, fair = (batch + threads - 1) / threads;
+  const int64_t group = std::any_of(blocks, blocks + count, is_large) ? std::min(GROUP, fair) : 1;
   each_image((batch + group - 1) / group, threads, [&](int64_t g, int64_t share) {
     std::vector<Work> works;
     for (int64_t i = g * group; i < std::min(batch, (g + 1) * group); ++i)
       works.push_back({images + i * image, shortcut + i * total, out + i * total});
-    run_block(*block, std::move(works), height, width, total, share);
+    run_blocks(blocks, count, works, height, width, total, share);
   });
 }
 

@@ -26,8 +26,9 @@ class Kernels:
 
     conv: Callable[..., None]
     depthwise: Callable[..., None]
-    block: Callable[..., None]
+    blocks: Callable[..., None]
     narrow: Callable[[int], int]
+    rest: Callable[[], None]
 
 
 @functools.cache
@@ -49,12 +50,17 @@ def kernels() -> Kernels | None:
     ends: list[Any] = [REAL, REAL, NUMBER]
     library.gathered_conv.argtypes = [POINTER] * 7 + [NUMBER] * 9 + ends
     library.gathered_depthwise.argtypes = [POINTER] * 5 + [NUMBER] * 7 + ends
-    library.gathered_block.argtypes = [POINTER] * 4 + [NUMBER] * 5
+    library.gathered_blocks.argtypes = [POINTER, NUMBER, *[POINTER] * 3, *[NUMBER] * 5]
     library.gathered_narrow.argtypes, library.gathered_narrow.restype = [NUMBER], NUMBER
-    found = (library.gathered_conv, library.gathered_depthwise, library.gathered_block)
-    for function in found:
+    for function in (library.gathered_conv, library.gathered_depthwise, library.gathered_blocks, library.gathered_rest):
         function.restype = None
-    return Kernels(*found, library.gathered_narrow)
+    return Kernels(
+        library.gathered_conv,
+        library.gathered_depthwise,
+        library.gathered_blocks,
+        library.gathered_narrow,
+        library.gathered_rest,
+    )
 
 
 def _build(compiler: str, file: Path) -> None:
