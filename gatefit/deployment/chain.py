@@ -130,6 +130,11 @@ class ChainBlocks(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self._told: tuple[Any, ...] | None = None
 
+    @property
+    def works_in_place(self) -> bool:
+        """Whether the input has been read for good when the result begins to take its place."""
+        return all(len(block.links) > 1 for block in self.blocks if isinstance(block, ChainBlock))
+
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """Run x, (B, C, H, W) float32, through the first branch, add it to the shortcut, and so on."""
         run = need_kernels(x)
@@ -164,14 +169,17 @@ class ChainBlocks(nn.Module):
 
 
 def join_chains(network: fx.GraphModule) -> fx.GraphModule:
-    """Make one of each `ChainBlocks` and another that takes its result, and nothing else, for input and shortcut."""
+    """Make one of each `ChainBlocks` and another that takes its result, and nothing else, for input and shortcut.
+
+    Its branch must be more than one convolution: it works in place.
+    """
     for node in network.graph.nodes:
         block = module_of(network, node)
         before = node.args[0] if isinstance(block, ChainBlocks) else None
         if not isinstance(before, fx.Node) or node.args[1] is not before or len(before.users) > 1:
             continue
         former = module_of(network, before)
-        if isinstance(block, ChainBlocks) and isinstance(former, ChainBlocks):
+        if isinstance(block, ChainBlocks) and isinstance(former, ChainBlocks) and block.works_in_place:
             network.set_submodule(str(node.target), ChainBlocks((*former.blocks, *block.blocks)))  # type: ignore[arg-type]
             node.args = before.args
             network.graph.erase_node(before)

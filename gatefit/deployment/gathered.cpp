@@ -130,22 +130,17 @@ void run_block(const Block& block, std::vector<Work> all, int64_t height, int64_
   }
 }
 
-// Images side by side through blocks, of which all but the first have their input for a shortcut.
-void run_blocks(const Block* blocks, int64_t count, const std::vector<Work>& all, int64_t height, int64_t width,
-                int64_t total, int64_t threads) {
-  static thread_local std::vector<Scratch> between;  // two for each image
-  between.resize(std::max(between.size(), 2 * all.size()));
-  std::vector<Work> now = all;
-  for (int64_t k = 0; k < count; ++k) {
-    for (size_t i = 0; i < all.size(); ++i) {
-      if (k) now[i].image = now[i].shortcut = now[i].out;
-      now[i].out = k + 1 == count ? all[i].out : between[2 * i + k % 2].need(total);
-    }
-    run_block(blocks[k], now, height, width, total, threads);
-    for (const Step* s = blocks[k].step; s < blocks[k].step + blocks[k].steps; ++s) {
+// Images side by side through blocks, of which all but the first have their input for a shortcut. Those work in place:
+// each result is added to what it was made from, which only the first of several convolutions reads.
+void run_blocks(const Block* blocks, int64_t count, std::vector<Work> all, int64_t height, int64_t width, int64_t total,
+                int64_t threads) {
+  for (const Block* block = blocks; block < blocks + count; ++block) {
+    run_block(*block, all, height, width, total, threads);
+    for (const Step* s = block->step; s < block->step + block->steps; ++s) {
       const Layout layout = {height, width, s->kernel, s->stride, s->padding};
       height = layout.out_height, width = layout.out_width;
     }
+    for (Work& work : all) work.image = work.shortcut = work.out;
   }
 }
 
@@ -198,7 +193,7 @@ void gathered_blocks(const Block* blocks, int64_t count, const float* images, co
     std::vector<Work> works;
     for (int64_t i = g * group; i < std::min(batch, (g + 1) * group); ++i)
       works.push_back({images + i * image, shortcut + i * total, out + i * total});
-    run_blocks(blocks, count, works, height, width, total, share);
+    run_blocks(blocks, count, std::move(works), height, width, total, share);
   });
 }
 
