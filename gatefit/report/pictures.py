@@ -190,7 +190,7 @@ def training(history: list[dict[str, Any]]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(True, alpha=0.2)
         if key != "loss":
-            axes.yaxis.set_major_formatter(PercentFormatter(1, 1))
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
         _plain(axes)
     return figure
 
