@@ -142,6 +142,21 @@ def test_json_stays_json_when_a_library_prints(tmp_path):
     assert len(json.loads(result.stdout)["blocks"]) == 8 and "hello" in result.stderr
 
 
+def test_json_stays_json_when_a_library_prints_at_import():
+    noisy = """
+import builtins
+real = builtins.__import__
+def noisy(name, *rest, **more):
+    if name == "timm":
+        print("noise")
+    return real(name, *rest, **more)
+builtins.__import__ = noisy
+import gatefit
+"""
+    done = subprocess.run([sys.executable, "-c", noisy], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "" and "noise" in done.stderr
+
+
 def test_inspect_of_the_example():
     result = gatefit("inspect", ROOT / "examples" / "own_network.py:build", "--json")
     found = json.loads(result.stdout)
