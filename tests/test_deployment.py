@@ -27,6 +27,7 @@ from gatefit.deployment.prepack import PackedConv
 from gatefit.deployment.stretches import ONNX, TORCH, OnnxStretch
 from gatefit.deployment.tune import forms_of
 from gatefit.deployment.what_if import set_share
+from gatefit.errors import DeployError
 from gatefit.fold import fold_batch_norms
 from gatefit.gates import gates_of
 
@@ -55,7 +56,7 @@ def set_all(gated, value):
 
 
 def same(a, b):
-    return torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().amax()) if len(b) else 0.0)
 
 
 @pytest.mark.parametrize("fill", [False, True])
@@ -207,10 +208,30 @@ def test_narrow_images(width, height, threads):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("size", [4, 7])
 def test_large_weights_of_narrow_images(size, threads):
-    _check_narrow(Narrow(352, 352), 352, size, size, threads)
+    _check_narrow(Narrow(352, 352), 352, size, size, threads, (0, 1, 5, 35))
 
 
-def _check_narrow(network, channels, height, width, threads):
+class Shrinking(nn.Module):
+    """A branch and a shortcut that shrink images, of odd sizes not alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return nn.functional.avg_pool2d(x, 2) + self.second(self.first(x).relu())
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+def test_a_branch_that_does_not_fit_its_shortcut():
+    gated = gatefit.retrofit(Shrinking(), torch.zeros(2, 4, 8, 8), "lc", "step").eval()
+    [gate] = gates_of(gated).values()
+    blocks = ChainBlocks([ChainBlock(gated, gate, place_of(gated, gate), BlockPlan(gate.of.name, True, None))])
+    with pytest.raises(DeployError, match=r"gives \(4, 5, 5\) cannot be added"):
+        blocks(torch.randn(1, 4, 9, 9), torch.randn(1, 4, 4, 4))
+
+
+def _check_narrow(network, channels, height, width, threads, batches=(1, 5)):
     torch.manual_seed(0)
     gated = gatefit.retrofit(network, torch.zeros(2, channels, 8, 8), "lc", "step", fill=True).eval()
     [gate] = gates_of(gated).values()
@@ -219,7 +240,8 @@ def _check_narrow(network, channels, height, width, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for x in (torch.randn(1, channels, height, width), torch.randn(5, channels, height, width)):
+        for batch in batches:
+            x = torch.randn(batch, channels, height, width)
             with torch.no_grad():
                 assert same(blocks(x, x), gated(x))
     finally:

@@ -84,8 +84,8 @@ class ChainBlock(nn.Module):
         self.fill = None if gate.fill is None else way.get_submodule("fill")
         self.bounds = (0.0 if place.relu is not None else -math.inf, math.inf)
 
-    def told(self, run: Kernels, height: int, width: int) -> tuple[_Block, Any, tuple[int, int]]:
-        """The block in the kernels' words for inputs of a size, all that it points to, and the size behind it."""
+    def told(self, run: Kernels, height: int, width: int) -> tuple[_Block, Any, tuple[int, int, int]]:
+        """The block in the kernels' words for inputs of a size, what it points to, and its branch's (C, H, W)."""
         gate, fc = self.saliences.gate, self.saliences.fc
         steps = (_Step * len(self.links))()
         packed = []
@@ -116,7 +116,7 @@ class ChainBlock(nn.Module):
             steps,
             *self.bounds,
         )
-        return block, (steps, packed), (height, width)
+        return block, (steps, packed), (self.links[-1].conv.weight.shape[0], height, width)
 
 
 class ChainBlocks(nn.Module):
@@ -138,25 +138,29 @@ class ChainBlocks(nn.Module):
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """Run x, (B, C, H, W) float32, through the first branch, add it to the shortcut, and so on."""
         run = need_kernels(x)
-        if self._told is None or self._told[-1] != x.shape[2:]:
-            self._told = self._tell(run, x)
+        told = self._told  # kept while the kernel reads it, whatever other threads do
+        if told is None or told[1] != x.shape[2:]:
+            told = self._told = self._tell(run, x)
+        if shortcut.shape[1:] != told[2]:
+            given = tuple(shortcut.shape[1:])
+            raise DeployError(f"a branch that gives {told[2]} cannot be added to a shortcut of {given}")
         x, shortcut = x.contiguous(), shortcut.contiguous()
         result = torch.empty_like(shortcut)
         places = (x.data_ptr(), shortcut.data_ptr(), result.data_ptr())
         total = shortcut.numel() // max(1, len(x))
-        run.blocks(self._told[0], len(self.blocks), *places, len(x), *x.shape[2:], total, torch.get_num_threads())
+        run.blocks(told[0], len(self.blocks), *places, len(x), *x.shape[2:], total, torch.get_num_threads())
         return result
 
     def _tell(self, run: Kernels, x: Tensor) -> tuple[Any, ...]:
-        """All blocks in the kernels' words for inputs like x, what they point to, and its size."""
+        """All blocks in the kernels' words for inputs like x, its size, the result's shape, and what they point to."""
         blocks = (_Block * len(self.blocks))()
         kept = []
-        size = (x.shape[2], x.shape[3])
+        shape = (x.shape[1], x.shape[2], x.shape[3])
         for i, block in enumerate(self.blocks):
             assert isinstance(block, ChainBlock)
-            blocks[i], pointed, size = block.told(run, *size)
+            blocks[i], pointed, shape = block.told(run, *shape[1:])
             kept.append(pointed)
-        return blocks, kept, x.shape[2:]
+        return blocks, x.shape[2:], shape, kept
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ChainBlocks":
         self._told = None  # the weights may lie elsewhere now

@@ -64,7 +64,7 @@ Lanes load(const float* p, int64_t low, int64_t high, int64_t stride) {
 
 int64_t vectors_of(int64_t values) { return (values + LANES - 1) / LANES; }
 
-// Memory that is kept for the next call; what is in it is not defined.
+// Memory that is kept for the next call, while its thread lives; what is in it is not defined.
 struct Scratch {
   std::vector<float> memory;
   float* need(int64_t values) {
@@ -327,7 +327,7 @@ struct Convolution {
         const float* p = from + j * layout.plane + layout.place(t);
         if (dense())  // each line overwrites what the one before stored too much
           for (int64_t y = 0; y < layout.out_height; ++y) store(to + y * layout.out_width, load(p + y * layout.line));
-        else if (ends && j + 1 == some)  // nothing may be read behind the image
+        else if (ends && start + width > (some - j) * layout.plane)  // nothing may be read behind the image
           std::copy(p + start, p + std::min(start + width, layout.positions), to);
         else
           for (int64_t v = 0; v < width; v += LANES) store(to + v, load(p + start + v));

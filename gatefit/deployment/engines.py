@@ -1,6 +1,7 @@
 """What runs networks: plain PyTorch, PyTorch compiled, ONNX Runtime, OpenVINO."""
 
 import copy
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -134,12 +135,6 @@ def masked_onnx(gated: fx.GraphModule, image: Tensor) -> bytes:
 def dense_engines(original: nn.Module, images: Tensor) -> dict[str, Callable[[], Run]]:
     """What makes the original's fastest forms for batches of the shape of `images`, by name."""
     folded = fold_batch_norms(original, images).eval().requires_grad_(False)
-
-    def exported() -> Run:
-        program = torch.onnx.export(folded, (images,), dynamo=True, verbose=False)
-        assert program is not None
-        return Session(program.model_proto.SerializeToString())
-
     engines: dict[str, Callable[[], Run]] = {
         "torch": lambda: copy.deepcopy(folded).to(memory_format=torch.channels_last),
         "torch, packed": lambda: packed(copy.deepcopy(folded)),
@@ -148,7 +143,10 @@ def dense_engines(original: nn.Module, images: Tensor) -> dict[str, Callable[[],
     if kernels() is not None:
         engines["torch, gathered"] = lambda: with_gathered_convs(copy.deepcopy(folded))
     if has_onnx():
-        engines["onnxruntime"] = exported
+        program = torch.onnx.export(folded, (images,), dynamo=True, verbose=False)
+        assert program is not None
+        # Written ahead: what exporting leaves in memory is not the network's.
+        engines["onnxruntime"] = functools.partial(Session, program.model_proto.SerializeToString())
     if importlib.util.find_spec("openvino"):
         engines["openvino"] = lambda: _in_openvino(folded, images)
     engines[BF16] = lambda: _in_bf16(folded)

@@ -1,7 +1,5 @@
 // Gated blocks, and the convolutions they are made of, for batches of images; called from Python.
 
-#include <omp.h>
-
 #include "narrow.h"
 
 namespace {
@@ -83,10 +81,11 @@ bool opens(const Block& block, Work& work, int64_t pixels, int64_t total) {
 
 // Images side by side, step by step, of (features, height, width); shortcuts and results, of `total` values, as the
 // branch gives.
-void run_block(const Block& block, std::vector<Work> all, int64_t height, int64_t width, int64_t total,
+void run_block(const Block& block, const std::vector<Work>& works, int64_t height, int64_t width, int64_t total,
                int64_t threads) {
-  const auto skipped = [&](Work& work) { return !opens(block, work, height * width, total); };
-  all.erase(std::remove_if(all.begin(), all.end(), skipped), all.end());
+  std::vector<Work> all;
+  for (Work work : works)
+    if (opens(block, work, height * width, total)) all.push_back(std::move(work));
   if (all.empty()) return;
   static thread_local std::vector<Scratch> buffers;  // two for each image
   buffers.resize(std::max(buffers.size(), 2 * all.size()));
@@ -124,8 +123,9 @@ void run_block(const Block& block, std::vector<Work> all, int64_t height, int64_
       work.image = to;
     }
     if (!narrow.empty()) NarrowConvolution::run(narrow, threads);
-    if (convolutions.size() == 1) convolutions[0].run(threads);
-    else if (!convolutions.empty()) Convolution::run(convolutions);
+    if (threads == 1 && convolutions.size() > 1) Convolution::run(convolutions);
+    else
+      for (const Convolution& convolution : convolutions) convolution.run(threads);
     height = layout.out_height, width = layout.out_width;
   }
 }
@@ -155,6 +155,8 @@ bool is_large(const Block& block) {
 
 extern "C" {
 
+__attribute__((weak)) int omp_pause_resource_all(int);  // of OpenMP 5.0
+
 // Whether weights should be packed for `NarrowConvolution` where convolutions 3 x 3 meet images of this width.
 int64_t gathered_narrow(int64_t width) { return LANES == 16 && NarrowConvolution::fits(width); }
 
@@ -181,14 +183,18 @@ void gathered_depthwise(const float* images, const float* weight, const float* b
   });
 }
 
-// Let OpenMP's threads go: for a while after their work they wait without sleeping, in the way of others.
-void gathered_rest() { omp_pause_resource_all(omp_pause_soft); }
+// Let OpenMP's threads go, where it can: for a while after their work they wait without sleeping, in the way of others.
+void gathered_rest() {
+  if (omp_pause_resource_all) omp_pause_resource_all(1);  // softly
+}
 
 // images (batch, features, height, width) of the first block; shortcut and out (batch, total values).
 void gathered_blocks(const Block* blocks, int64_t count, const float* images, const float* shortcut, float* out,
                      int64_t batch, int64_t height, int64_t width, int64_t total, int64_t threads) {
-  const int64_t image = blocks->features * height * width, fair = (batch + threads - 1) / threads;
-  const int64_t group = std::any_of(blocks, blocks + count, is_large) ? std::min(GROUP, fair) : 1;
+  if (!batch) return;
+  const int64_t image = blocks->features * height * width, turns = (batch + threads * GROUP - 1) / (threads * GROUP);
+  const bool shared = std::any_of(blocks, blocks + count, is_large);
+  const int64_t group = shared ? (batch + threads * turns - 1) / (threads * turns) : 1;  // as many for each thread
   each_image((batch + group - 1) / group, threads, [&](int64_t g, int64_t share) {
     std::vector<Work> works;
     for (int64_t i = g * group; i < std::min(batch, (g + 1) * group); ++i)

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t FEW = 32;  // columns whose weights for LANES rows stay in the first-level cache
 constexpr int64_t LARGE = 1 << 20;  // weights that come from memory: a single image reads them in the order they lie in
+constexpr int64_t SMALL = 64;  // pixels, for which sums of all rows stay near meanwhile
 constexpr int64_t SIDE_BY_SIDE = 4;  // columns, and how many pieces of a column are fetched ahead, where it does
 
 // Where LANES rows of a packed weight begin, how far its columns lie apart, and whether what comes next is fetched from
@@ -101,7 +102,7 @@ struct NarrowConvolution {
   static void run_as(const std::vector<NarrowConvolution>& all, Share share) {
     const NarrowConvolution& one = all[0];
     const int64_t groups = one.count / LANES, first = share.begin(groups), last = share.end(groups);
-    if (all.size() == 1 && one.every * one.count * 9 >= LARGE) one.column_by_column<P, H>(first, last);
+    if (all.size() == 1 && one.every * one.count * 9 >= LARGE && one.height * one.width <= SMALL) one.column_by_column<P, H>(first, last);
     else group_by_group<P, H>(all, first, last);
   }
 
@@ -125,7 +126,7 @@ struct NarrowConvolution {
     }
   }
 
-  // Weights that a single image reads from memory: what is closed is not even fetched.
+  // Weights that a single image reads from memory: of what is closed next to nothing is fetched.
   template <int P, int H>
   void column_by_column(int64_t first, int64_t last) const {
     const int64_t pixels = height * width;
