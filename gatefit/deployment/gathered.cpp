@@ -155,8 +155,6 @@ bool is_large(const Block& block) {
 
 extern "C" {
 
-__attribute__((weak)) int omp_pause_resource_all(int);  // of OpenMP 5.0
-
 // Whether weights should be packed for `NarrowConvolution` where convolutions 3 x 3 meet images of this width.
 int64_t gathered_narrow(int64_t width) { return LANES == 16 && NarrowConvolution::fits(width); }
 
@@ -181,11 +179,6 @@ void gathered_depthwise(const float* images, const float* weight, const float* b
   each_image(batch, threads, [&](int64_t i, int64_t share) {
     DepthwiseConvolution{images + i * step, weight, bias, rows, out + i * to, count, layout, {lowest, highest}}.run(share);
   });
-}
-
-// Let OpenMP's threads go, where it can: for a while after their work they wait without sleeping, in the way of others.
-void gathered_rest() {
-  if (omp_pause_resource_all) omp_pause_resource_all(1);  // softly
 }
 
 // images (batch, features, height, width) of the first block; shortcut and out (batch, total values).

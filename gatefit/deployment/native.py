@@ -28,7 +28,6 @@ class Kernels:
     depthwise: Callable[..., None]
     blocks: Callable[..., None]
     narrow: Callable[[int], int]
-    rest: Callable[[], None]
 
 
 @functools.cache
@@ -52,14 +51,13 @@ def kernels() -> Kernels | None:
     library.gathered_depthwise.argtypes = [POINTER] * 5 + [NUMBER] * 7 + ends
     library.gathered_blocks.argtypes = [POINTER, NUMBER, *[POINTER] * 3, *[NUMBER] * 5]
     library.gathered_narrow.argtypes, library.gathered_narrow.restype = [NUMBER], NUMBER
-    for function in (library.gathered_conv, library.gathered_depthwise, library.gathered_blocks, library.gathered_rest):
+    for function in (library.gathered_conv, library.gathered_depthwise, library.gathered_blocks):
         function.restype = None
     return Kernels(
         library.gathered_conv,
         library.gathered_depthwise,
         library.gathered_blocks,
         library.gathered_narrow,
-        library.gathered_rest,
     )
 
 

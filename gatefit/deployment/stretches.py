@@ -11,7 +11,6 @@ from torch.fx.passes.split_module import split_module
 from gatefit.deployment.dynamic import HOLDER
 from gatefit.deployment.engines import Session, has_onnx, need_onnx
 from gatefit.deployment.gathered import with_gathered_convs
-from gatefit.deployment.native import kernels
 from gatefit.deployment.tune import milliseconds
 from gatefit.errors import DeployError
 from gatefit.graph import module_of
@@ -55,9 +54,6 @@ class OnnxStretch(nn.Module):
         """As the stretch."""
         if [t.shape[1:] for t in inputs] != self.shapes:
             return self.stretch(*inputs)
-        run = kernels()
-        if run is not None and torch.get_num_threads() > 1:
-            run.rest()
         results = self.session.all(*inputs)
         return results if len(results) > 1 else results[0]
 
