@@ -1,5 +1,6 @@
 """Deployed networks answer as the gated ones do, for every image and every mask, and leave out what is closed."""
 
+import contextlib
 import copy
 import sys
 
@@ -56,7 +57,18 @@ def set_all(gated, value):
 
 
 def same(a, b):
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().amax()) if len(b) else 0.0)
+    largest = float(b.abs().max()) if len(b) else 0.0
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5 * largest)
+
+
+@contextlib.contextmanager
+def running_on(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("fill", [False, True])
@@ -237,15 +249,10 @@ def _check_narrow(network, channels, height, width, threads, batches=(1, 5)):
     [gate] = gates_of(gated).values()
     torch.nn.init.normal_(gate.channel.weight, std=3.0)
     blocks = ChainBlocks([ChainBlock(gated, gate, place_of(gated, gate), BlockPlan(gate.of.name, True, None))])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch.no_grad(), running_on(threads):
         for batch in batches:
             x = torch.randn(batch, channels, height, width)
-            with torch.no_grad():
-                assert same(blocks(x, x), gated(x))
-    finally:
-        torch.set_num_threads(before)
+            assert same(blocks(x, x), gated(x))
 
 
 class Chains(nn.Module):
@@ -279,14 +286,9 @@ def test_blocks_behind_each_other_run_in_one_call(threads, monkeypatch):
     plans = {n: plan_block(gated, gates_of(gated)[n], seen[n], 4) for n in seen}
     deployed = gathered_network(gated, plans, [x])
     assert [len(m.blocks) for m in deployed.modules() if isinstance(m, ChainBlocks)] == [4, 1]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            for images in (x, x[:1], torch.randn(3, 8, 5, 7)):
-                assert same(deployed(images), gated(images))
-    finally:
-        torch.set_num_threads(before)
+    with torch.no_grad(), running_on(threads):
+        for images in (x, x[:1], torch.randn(3, 8, 5, 7)):
+            assert same(deployed(images), gated(images))
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")

@@ -51,14 +51,10 @@ def kernels() -> Kernels | None:
     library.gathered_depthwise.argtypes = [POINTER] * 5 + [NUMBER] * 7 + ends
     library.gathered_blocks.argtypes = [POINTER, NUMBER, *[POINTER] * 3, *[NUMBER] * 5]
     library.gathered_narrow.argtypes, library.gathered_narrow.restype = [NUMBER], NUMBER
-    for function in (library.gathered_conv, library.gathered_depthwise, library.gathered_blocks):
+    found = (library.gathered_conv, library.gathered_depthwise, library.gathered_blocks)
+    for function in found:
         function.restype = None
-    return Kernels(
-        library.gathered_conv,
-        library.gathered_depthwise,
-        library.gathered_blocks,
-        library.gathered_narrow,
-    )
+    return Kernels(*found, library.gathered_narrow)
 
 
 def _build(compiler: str, file: Path) -> None:
