@@ -311,7 +311,14 @@ def test_killed_and_resumed_ends_as_if_it_had_not_been(converted, recipe, tmp_pa
 
 def test_ctrl_c_says_how_to_go_on(recipe, tmp_path):
     out = tmp_path / "out"
-    process = subprocess.Popen(command(recipe, out), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command(recipe, out),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # What runs in the background may have been told to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     limit = time.monotonic() + 120
     while not (out / "checkpoint-baseline.safetensors").exists() and time.monotonic() < limit:
         time.sleep(0.02)

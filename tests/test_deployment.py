@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -289,6 +291,20 @@ def test_blocks_behind_each_other_run_in_one_call(threads, monkeypatch):
     with torch.no_grad(), running_on(threads):
         for images in (x, x[:1], torch.randn(3, 8, 5, 7)):
             assert same(deployed(images), gated(images))
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+def test_kernels_called_from_several_threads_and_after_a_fork():
+    conv = GatheredConv(nn.Conv2d(32, 32, 3, padding=1))
+    x = torch.randn(1, 32, 24, 24)
+    with torch.no_grad(), running_on(2):
+        expected = conv(x)
+        with ThreadPoolExecutor(4) as callers:
+            assert all(torch.equal(y, expected) for y in callers.map(lambda _: conv(x), range(200)))
+        child = os.fork()  # it has none of its parent's threads, and must not wait for them
+        if not child:
+            os._exit(0 if torch.equal(conv(x), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")

@@ -9,6 +9,8 @@
 #include <cstring>
 #include <vector>
 
+#include "threads.h"
+
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -187,6 +189,15 @@ struct Share {
   int64_t end(int64_t count) const { return count * (me + 1) / all; }
 };
 
+// Call one(i) for each i in [0, count), each thread for some that follow each other.
+template <typename One>
+void each_of(int64_t count, int64_t threads, const One& one) {
+  Threads::share(threads, threads, [&](int64_t t) {
+    const Share share = {t, threads};
+    for (int64_t i = share.begin(count); i < share.end(count); ++i) one(i);
+  });
+}
+
 // What a convolution is given: image (channels, height, width); weight (all, every, kernel, kernel), of which row
 // rows[i] gives output channel i and column columns[j] reads input channel j; bias (all,) or null; added, or null, and
 // out (count, out height, out width).
@@ -204,15 +215,13 @@ struct Convolution {
     const float* source = image;
     if (!layout.as_it_is) {
       float* copy = kept.need(room());
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && channels * layout.plane > PARALLEL)
-      for (int64_t c = 0; c < channels; ++c)
+      each_of(channels, channels * layout.plane > PARALLEL ? threads : 1, [&](int64_t c) {
         layout.spread(image + c * layout.height * layout.width, copy + c * layout.plane);
+      });
       source = copy;
     }
     const std::vector<int64_t> columns_at = offsets();
-    if (threads == 1) return part(source, columns_at.data(), {0, 1});
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < threads; ++i) part(source, columns_at.data(), {i, threads});
+    Threads::share(threads, threads, [&](int64_t i) { part(source, columns_at.data(), {i, threads}); });
   }
 
   // Of images of one size, one after another; or where each is one tile and the weights are large, chunk by chunk of the
@@ -347,8 +356,7 @@ struct DepthwiseConvolution {
   void run(int64_t threads) const {
     std::vector<int64_t> places(layout.taps);
     for (int64_t t = 0; t < layout.taps; ++t) places[t] = layout.place(t);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && count * layout.pixels > PARALLEL)
-    for (int64_t c = 0; c < count; ++c) {
+    each_of(count, count * layout.pixels > PARALLEL ? threads : 1, [&](int64_t c) {
       static thread_local Scratch kept;
       float* copy = kept.need(layout.plane + VECTORS * layout.line + LANES);  // the last vectors read beyond
       layout.spread(image + c * layout.height * layout.width, copy);
@@ -364,7 +372,7 @@ struct DepthwiseConvolution {
             store(out + c * layout.pixels + (y + v) * layout.out_width + x, bounds.cut(sums[v]),
                   std::min<int64_t>(LANES, layout.out_width - x));
         }
-    }
+    });
   }
 };
 

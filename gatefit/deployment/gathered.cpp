@@ -28,17 +28,19 @@ float dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
-std::vector<float> logits_of(const Block& block, const float* image, int64_t pixels) {
-  std::vector<float> pooled(block.features), logits(block.has_block + block.units);
-  for (int64_t c = 0; c < block.features; ++c) {
+std::vector<float> logits_of(const Block& block, const float* image, int64_t pixels, int64_t threads) {
+  const int64_t count = block.has_block + block.units;
+  std::vector<float> pooled(block.features), logits(count);
+  each_of(block.features, block.features * pixels > PARALLEL ? threads : 1, [&](int64_t c) {
     float sum = 0.f;
     const float* plane = image + c * pixels;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < pixels; ++i) sum += plane[i];
     pooled[c] = sum / pixels;
-  }
-  for (size_t k = 0; k < logits.size(); ++k)
+  });
+  each_of(count, count * block.features > PARALLEL ? threads : 1, [&](int64_t k) {
     logits[k] = block.gate_bias[k] + dot(block.gate_weight + k * block.features, pooled.data(), block.features);
+  });
   return logits;
 }
 
@@ -49,8 +51,7 @@ void each_image(int64_t batch, int64_t threads, const One& one) {
     for (int64_t i = 0; i < batch; ++i) one(i, threads);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t i = 0; i < batch; ++i) one(i, 1);
+  Threads::share(threads, batch, [&](int64_t i) { one(i, 1); });
 }
 
 // One image on its way through a block's branch.
@@ -62,8 +63,8 @@ struct Work {
 };
 
 // Let an image's gates, which are steps, say what it opens. False: the block is skipped, and the image done.
-bool opens(const Block& block, Work& work, int64_t pixels, int64_t total) {
-  const std::vector<float> logits = logits_of(block, work.image, pixels);
+bool opens(const Block& block, Work& work, int64_t pixels, int64_t total, int64_t threads) {
+  const std::vector<float> logits = logits_of(block, work.image, pixels, threads);
   if (block.has_block && logits[0] <= 0.f) {
     for (int64_t i = 0; i < total; ++i) work.out[i] = std::min(std::max(work.shortcut[i], block.lowest), block.highest);
     return false;
@@ -85,7 +86,7 @@ void run_block(const Block& block, const std::vector<Work>& works, int64_t heigh
                int64_t threads) {
   std::vector<Work> all;
   for (Work work : works)
-    if (opens(block, work, height * width, total)) all.push_back(std::move(work));
+    if (opens(block, work, height * width, total, threads)) all.push_back(std::move(work));
   if (all.empty()) return;
   static thread_local std::vector<Scratch> buffers;  // two for each image
   buffers.resize(std::max(buffers.size(), 2 * all.size()));
@@ -106,9 +107,10 @@ void run_block(const Block& block, const std::vector<Work>& works, int64_t heigh
       const int64_t* columns = step.open_columns ? work.open.data() : every.data();
       const float *bias = step.bias, *added = last ? work.shortcut : nullptr;
       if (step.filled) {
-        work.shifted.assign(step.rows, 0.f);
-        for (int64_t c = 0; c < step.rows; ++c)
+        work.shifted.resize(step.rows);
+        each_of(step.rows, step.rows * block.units > PARALLEL ? threads : 1, [&](int64_t c) {
           work.shifted[c] = (bias ? bias[c] : 0.f) + dot(block.fill + c * block.units, work.left.data(), block.units);
+        });
         bias = work.shifted.data();
       }
       float* to = last ? work.out : buffers[2 * i + k % 2].need(count * layout.pixels);

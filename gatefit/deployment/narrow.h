@@ -92,9 +92,7 @@ struct NarrowConvolution {
         default: return all[0].width % 16 ? run_as<14, 1>(all, share) : run_as<16, 1>(all, share);
       }
     };
-    if (threads == 1) return part({0, 1});
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < threads; ++i) part({i, threads});
+    Threads::share(threads, threads, [&](int64_t i) { part({i, threads}); });
   }
 
  private:

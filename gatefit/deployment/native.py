@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("gathered.cpp", "narrow.h", "convolve.h"))
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("gathered.cpp", "narrow.h", "convolve.h", "threads.h"))
+OPTIMISED = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp-simd")
+FLAGS = (*OPTIMISED, "-pthread", "-fPIC", "-shared")
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -58,15 +59,10 @@ def kernels() -> Kernels | None:
 
 
 def _build(compiler: str, file: Path) -> None:
-    """Linked without OpenMP: its calls then go to the library that PyTorch has loaded, whose threads are awake."""
     with tempfile.TemporaryDirectory(dir=file.parent) as place:
-        compiled, linked = Path(place) / "gathered.o", Path(place) / "gathered.so"
-        for command in (
-            [compiler, *FLAGS, "-c", str(SOURCES[0]), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
-        ):
-            subprocess.run(command, check=True, capture_output=True)
-        linked.replace(file)
+        built = Path(place) / "gathered.so"
+        subprocess.run([compiler, *FLAGS, str(SOURCES[0]), "-o", str(built)], check=True, capture_output=True)
+        built.replace(file)
 
 
 def processor(what: str) -> str:
