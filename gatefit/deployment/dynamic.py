@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.branch import INPUTS, Place, cut
-from gatefit.deployment.plan import BlockPlan
+from gatefit.deployment.plan import BlockPlan, never_runs
 from gatefit.fold import fold_in_place
 from gatefit.gates import Gate, gates_of
 
@@ -158,6 +158,8 @@ def assemble(
 ) -> fx.GraphModule:
     """The deployed network: a dynamic block for each that can be cut out, all else with batch norms folded.
 
+    Blocks that no image can open are gone.
+
     Returns:
         (B, C, H, W) -> (B, classes), in eval mode; its weights are copies.
     """
@@ -183,6 +185,10 @@ def assemble(
             copied[node] = graph.node_copy(node, copied.__getitem__)
             continue
         gate, plan, place = places[node]
+        if never_runs(gate):
+            kept = copied[place.shortcut]
+            copied[node] = kept if place.relu is None else graph.call_function(torch.relu, (kept,))
+            continue
         name = plan.name.replace(".", "_")
         holder.add_module(name, make_block(gated, gate, place, plan))
         given = (copied[place.entry], copied[place.shortcut])

@@ -76,6 +76,11 @@ def never_open(gate: Gate) -> Tensor:
     return (constant & (gate.channel.bias <= 0)).cpu()
 
 
+def never_runs(gate: Gate) -> bool:
+    """Whether no input whatever can open the block: its gate is constant and closed."""
+    return gate.block is not None and not gate.block.weight.any() and float(gate.block.bias) <= 0
+
+
 def plan_block(
     gated: fx.GraphModule, gate: Gate, seen: Seen, masks: int, harvest: bool = False
 ) -> tuple[BlockPlan, Place | None]:
