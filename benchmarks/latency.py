@@ -2,14 +2,17 @@
 
     python benchmarks/latency.py                                  # all: writes docs/speed.md and docs/speed.json
     python benchmarks/latency.py resnet18 --threads 1 --out s.md  # those with "resnet18" in their name
+    python benchmarks/latency.py --folders runs/mine              # converted ones, on the images of their conversion
 
-Nothing else should run meanwhile. Each network and number of threads has a process of its own.
+What stands in the files and is not timed again stays, if it is of the same machine. Nothing else should run
+meanwhile. Each network and number of threads has a process of its own.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ class Case:
     batches: tuple[int, ...]
     rounds: int
     share: float = 0.5
-    """Of the MACs, that the gates leave; 1 is a placebo, which must show no gain."""
+    """Of the MACs, that the gates leave; 1 is a placebo, which must show no gain; 0: a folder, as it was converted."""
 
 
 CASES = (
@@ -44,26 +47,49 @@ CASES = (
 def main() -> None:
     """Run, write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pattern", nargs="?", default="")
+    parser.add_argument("pattern", nargs="?")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--folders", type=Path, nargs="+", default=[])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "speed.md")
     options = parser.parse_args()
-    content: dict[str, Any] = {"machine": asdict(this_machine()), "rows": [], "engines": []}
-    for case in CASES:
-        if options.pattern in case.network:
-            for threads in options.threads:
-                measured = run(case, threads)
-                for kind in ("rows", "engines"):
-                    content[kind] += [{"network": case.network, "share": case.share} | row for row in measured[kind]]
+    every = options.pattern is None and not options.folders
+    cases = [case for case in CASES if every or (options.pattern and options.pattern in case.network)]
+    cases += [Case(str(folder.resolve()), (1, 32), 30, share=0.0) for folder in options.folders]
+    content = former(options.out.with_suffix(".json"))
+    for case in cases:
+        for threads in options.threads:
+            about = {"network": case.network, "share": case.share}
+            if not case.share:
+                about = {"network": Path(case.network).name, "share": 0.0, **accuracies(Path(case.network))}
+            measured = run(case, threads)
+            for kind in ("rows", "engines"):
+                key = (about["network"], case.share, threads)
+                others = [r for r in content[kind] if (r["network"], r["share"], r["threads"]) != key]
+                content[kind] = others + [about | row for row in measured[kind]]
     write_json(options.out.with_suffix(".json"), content)
     write_atomically(options.out, lambda file: file.write_text(report(content)))
     Console().print(f"written: {options.out}", markup=False)
 
 
+def former(file: Path) -> dict[str, Any]:
+    """What was measured before on this machine."""
+    machine = asdict(this_machine())
+    content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    same = all(content.get("machine", {}).get(k) == machine[k] for k in ("processor", "torch"))
+    return content if same else {"machine": machine, "rows": [], "engines": []}
+
+
+def accuracies(folder: Path) -> dict[str, float | None]:
+    """Of the original and of the gated network, on the test images of the conversion."""
+    done = json.loads((folder / "report.json").read_text())
+    return {"dense_accuracy": done["dense"]["accuracy"], "accuracy": done["gated"]["accuracy"]}
+
+
 def run(case: Case, threads: int) -> dict[str, list[dict[str, Any]]]:
     """The rows and engines of `gatefit bench`."""
     sizes = ",".join(map(str, case.batches))
-    command = [sys.executable, "-m", "gatefit", "bench", case.network, "--what-if", str(case.share), "--batch", sizes]
+    command = [sys.executable, "-m", "gatefit", "bench", case.network, "--batch", sizes]
+    command += ["--what-if", str(case.share)] if case.share else []
     command += ["--threads", str(threads), "--rounds", str(case.rounds), "--json"]
     Console(stderr=True).print(f"{case.network}, {threads} threads", markup=False)
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
@@ -74,24 +100,47 @@ def run(case: Case, threads: int) -> dict[str, list[dict[str, Any]]]:
 def report(content: dict[str, Any]) -> str:
     """docs/speed.md."""
     machine = content["machine"]
-    head = (
+    order = {case.network: i for i, case in enumerate(CASES)}
+    rows = sorted(
+        content["rows"], key=lambda r: (order.get(r["network"], len(order)), r["network"], r["share"], r["threads"])
+    )
+    random, converted = [r for r in rows if r["share"]], [r for r in rows if not r["share"]]
+    text = (
         "# Speed\n\nWritten by `python benchmarks/latency.py`. Gates without training close "
         "half of the MACs (`gatefit bench MODEL --what-if 0.5`), or nothing (`--what-if 1`, a placebo); inputs are "
         "random. Each dynamic engine stands beside the fastest form of the original in the same run; times are medians "
         "of interleaved rounds. Realised is (1 - time share) / (1 - MACs share): 1 where all that is saved shows, "
         "negative where the dynamic network is slower.\n\n"
-        f"Machine: {machine['processor']}, PyTorch {machine['torch']}, fp32.\n\n"
-        "| network | threads | batch | original, fastest | ms | gated, in | ms | MACs share | time share | realised "
-        "| largest difference | gates alone, ms | peak MB, original and gated |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        f"Machine: {machine['processor']}, PyTorch {machine['torch']}, fp32.\n\n" + table(random)
     )
-    lines = [
-        f"| {name_of(r)} | {r['threads']} | {r['batch']} | {r['dense_engine']} "
-        f"| {r['dense_ms']:.2f} | {r['engine']} | {r['dynamic_ms']:.2f} | {r['macs_share']:.3f} "
-        f"| {r['time_share']:.3f} | {realised(r)} | {r['max_abs_diff']:.0e} | {r['gates_ms']:.2f} | {megabytes(r)} |"
-        for r in content["rows"]
-    ]
-    return head + "\n".join(lines) + "\n" + every_engine(content["engines"])
+    if converted:
+        text += (
+            "\n## Converted networks\n\nBy the recipes of the same names, on images of their data sets, decoded and "
+            "normalised before. Accuracy is that of the whole test set, of the original and of the gated network.\n\n"
+        ) + table(converted, {"accuracy": accuracy})
+    return text + every_engine(content["engines"])
+
+
+def table(rows: list[dict[str, Any]], more: dict[str, Callable[[dict[str, Any]], str]] | None = None) -> str:
+    """A line for each row, with columns that say `more` of its network."""
+    columns = {
+        "network": name_of,
+        **(more or {}),
+        "threads": lambda r: str(r["threads"]),
+        "batch": lambda r: str(r["batch"]),
+        "original, fastest": lambda r: r["dense_engine"],
+        "ms": lambda r: f"{r['dense_ms']:.2f}",
+        "gated, in": lambda r: r["engine"],
+        "ms, gated": lambda r: f"{r['dynamic_ms']:.2f}",
+        "MACs share": lambda r: f"{r['macs_share']:.3f}",
+        "time share": lambda r: f"{r['time_share']:.3f}",
+        "realised": realised,
+        "largest difference": lambda r: f"{r['max_abs_diff']:.0e}",
+        "gates alone, ms": lambda r: f"{r['gates_ms']:.2f}",
+        "peak MB, original and gated": megabytes,
+    }
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(say(r) for say in columns.values())} |" for r in rows)]) + "\n"
 
 
 def every_engine(engines: list[dict[str, Any]]) -> str:
@@ -104,7 +153,7 @@ def every_engine(engines: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for run in runs.values() for name in run))
     head = (
         "\n## Every engine\n\nMilliseconds for a batch: median, and 95th percentile in brackets. A share of 1 is the "
-        "placebo: what gates cost that never close.\n\n"
+        "placebo: what gates cost that never close; of 0 converted ones.\n\n"
         f"| network | share | threads | batch | {' | '.join(names)} |\n{'| --- ' * (4 + len(names))}|\n"
     )
     lines = [f"| {' | '.join([*map(str, key), *(run.get(n, '-') for n in names)])} |" for key, run in runs.items()]
@@ -114,6 +163,11 @@ def every_engine(engines: list[dict[str, Any]]) -> str:
 def name_of(row: dict[str, Any]) -> str:
     """Of the network, without what comes before."""
     return str(row["network"].split("/")[-1].split(":")[-1])
+
+
+def accuracy(row: dict[str, Any]) -> str:
+    """Of both, in percent."""
+    return " -> ".join(f"{100 * row[k]:.2f}" for k in ("dense_accuracy", "accuracy") if row[k] is not None) or "-"
 
 
 def megabytes(row: dict[str, Any]) -> str:
