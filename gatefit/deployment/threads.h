@@ -6,10 +6,12 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -48,13 +50,17 @@ class Threads {
   // How many parts the current work has, and which is next, in one word: whoever takes one by it takes it of this very
   // work, whose end then waits for it.
   std::atomic<uint64_t> state{0};
-  std::atomic<int64_t> done{0}, wanted{1}, asleep{0};
+  std::atomic<int64_t> done{0}, wanted{1};
   Call call = nullptr;
   const void* part = nullptr;
-  std::vector<pthread_t> others;
+  struct Other {
+    pthread_t thread;
+    std::atomic<bool> asleep{false};
+    std::condition_variable work;
+  };
+  std::vector<std::unique_ptr<Other>> others;
   int avoided = -1;  // the processor that they keep away from
   std::mutex mutex;
-  std::condition_variable work;
 
   // Never destroyed: its threads end with the process. A forked process has none of them, and begins anew.
   static Threads& get() {
@@ -76,20 +82,24 @@ class Threads {
   void run(int64_t threads, int64_t count, Call it, const void* with) {
     try {
       while (int64_t(others.size()) + 1 < threads) {
-        std::thread one(&Threads::serve, this, others.size() + 1);
-        others.push_back(one.native_handle());
+        auto other = std::make_unique<Other>();
+        std::thread one(&Threads::serve, this, other.get(), others.size() + 1);
+        other->thread = one.native_handle();
+        others.push_back(std::move(other));
         one.detach();
         avoided = -1;
       }
     } catch (const std::system_error&) {  // no more threads to be had: those that there are do it
     }
+    if (avoided < 0) keep_away();
     call = it, part = with, done = 0, wanted = threads;
     state = uint64_t(count) << 32;
-    if (asleep || avoided < 0) {
-      keep_away();
-      { std::lock_guard<std::mutex> lock(mutex); }
-      work.notify_all();
-    }
+    for (int64_t i = 0; i < std::min<int64_t>(threads - 1, others.size()); ++i)
+      if (others[i]->asleep) {
+        keep_away();
+        { std::lock_guard<std::mutex> lock(mutex); }
+        others[i]->work.notify_one();
+      }
     while (take()) {
     }
     for (int64_t turns = 0; done.load(std::memory_order_acquire) < count; ++turns)
@@ -105,7 +115,7 @@ class Threads {
     avoided = here;
     if (CPU_COUNT(&allowed) < 2) return;
     CPU_CLR(here, &allowed);
-    for (const pthread_t other : others) pthread_setaffinity_np(other, sizeof allowed, &allowed);
+    for (const auto& other : others) pthread_setaffinity_np(other->thread, sizeof allowed, &allowed);
   }
 
   // Do the next part, if there is one.
@@ -125,16 +135,16 @@ class Threads {
     return next_of(now) < count_of(now) && me < wanted;
   }
 
-  void serve(int64_t me) {
+  void serve(Other* mine, int64_t me) {
     while (true) {
       const auto until = std::chrono::steady_clock::now() + AWAKE;
       while (!has_work(me) && std::chrono::steady_clock::now() < until)
         for (int i = 0; i < 8; ++i) pause();
       if (!has_work(me)) {
         std::unique_lock<std::mutex> lock(mutex);
-        ++asleep;
-        work.wait(lock, [&] { return has_work(me); });
-        --asleep;
+        mine->asleep = true;
+        mine->work.wait(lock, [&] { return has_work(me); });
+        mine->asleep = false;
       }
       while (has_work(me) && take()) {
       }
