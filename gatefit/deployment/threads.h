@@ -4,7 +4,9 @@
 // sleep, as the processor belongs to whatever engine runs between the blocks.
 
 #include <pthread.h>
+#ifdef __linux__
 #include <sched.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -109,6 +111,7 @@ class Threads {
 
   // Some systems let a thread wake up on the processor that woke it, where it would wait for its caller to be done.
   void keep_away() {
+#ifdef __linux__
     const int here = sched_getcpu();
     cpu_set_t allowed;
     if (here < 0 || here == avoided || sched_getaffinity(0, sizeof allowed, &allowed)) return;
@@ -116,6 +119,7 @@ class Threads {
     if (CPU_COUNT(&allowed) < 2) return;
     CPU_CLR(here, &allowed);
     for (const auto& other : others) pthread_setaffinity_np(other->thread, sizeof allowed, &allowed);
+#endif
   }
 
   // Do the next part, if there is one.
