@@ -52,8 +52,10 @@ def main() -> None:
     parser.add_argument("--folders", type=Path, nargs="+", default=[])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "speed.md")
     options = parser.parse_args()
-    every = options.pattern is None and not options.folders
-    cases = [case for case in CASES if every or (options.pattern and options.pattern in case.network)]
+    if len({folder.resolve().name for folder in options.folders}) < len(options.folders):
+        parser.error("two folders of one name; their rows could not be told apart")
+    pattern = options.pattern if options.pattern is not None or options.folders else ""
+    cases = [case for case in CASES if pattern is not None and pattern in case.network]
     cases += [Case(str(folder.resolve()), (1, 32), 30, share=0.0) for folder in options.folders]
     content = former(options.out.with_suffix(".json"))
     for case in cases:
@@ -66,8 +68,8 @@ def main() -> None:
                 key = (about["network"], case.share, threads)
                 others = [r for r in content[kind] if (r["network"], r["share"], r["threads"]) != key]
                 content[kind] = others + [about | row for row in measured[kind]]
-    write_json(options.out.with_suffix(".json"), content)
-    write_atomically(options.out, lambda file: file.write_text(report(content)))
+            write_json(options.out.with_suffix(".json"), content)
+            write_atomically(options.out, lambda file: file.write_text(report(content)))
     Console().print(f"written: {options.out}", markup=False)
 
 

@@ -306,7 +306,10 @@ def test_kernels_called_from_several_threads_and_after_a_fork():
             assert all(torch.equal(y, expected) for y in callers.map(lambda _: conv(x), range(200)))
         child = os.fork()  # it has none of its parent's threads, and must not wait for them
         if not child:
-            os._exit(0 if torch.equal(conv(x), expected) else 1)
+            try:
+                os._exit(0 if torch.equal(conv(x), expected) else 1)
+            finally:
+                os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -473,7 +476,7 @@ def test_a_deployment_in_a_folder(tmp_path):
     write_deployment(tmp_path, deployed.meta["plans"])
     with torch.no_grad():
         assert torch.equal(load_deployed(tmp_path)(calibration), deployed(calibration))
-    (tmp_path / "deployment.json").write_text('{"format": 2}')
+    (tmp_path / "deployment.json").write_text('{"format": 3}')
     with pytest.raises(gatefit.GatefitError, match="damaged"):
         load_deployed(tmp_path)
     with pytest.raises(gatefit.GatefitError, match="no file"):

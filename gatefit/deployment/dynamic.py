@@ -158,7 +158,7 @@ def assemble(
 ) -> fx.GraphModule:
     """The deployed network: a dynamic block for each that can be cut out, all else with batch norms folded.
 
-    Blocks that no image can open are gone.
+    Of those, blocks that no image can open are gone.
 
     Returns:
         (B, C, H, W) -> (B, classes), in eval mode; its weights are copies.

@@ -22,7 +22,7 @@ from gatefit.gates import gates_of
 from gatefit.store import load
 
 FILE = "deployment.json"
-FORMAT = 2
+FORMAT = 3
 CALIBRATION = 256
 """Training images that masks are chosen by; where channels are harvested, as many others are compared."""
 

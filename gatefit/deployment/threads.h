@@ -115,8 +115,8 @@ class Threads {
     const int here = sched_getcpu();
     cpu_set_t allowed;
     if (here < 0 || here == avoided || sched_getaffinity(0, sizeof allowed, &allowed)) return;
-    avoided = here;
     if (CPU_COUNT(&allowed) < 2) return;
+    avoided = here;
     CPU_CLR(here, &allowed);
     for (const auto& other : others) pthread_setaffinity_np(other->thread, sizeof allowed, &allowed);
 #endif
