@@ -78,7 +78,7 @@ def never_open(gate: Gate) -> Tensor:
 
 def never_runs(gate: Gate) -> bool:
     """Whether no input whatever can open the block: its gate is constant and closed."""
-    return gate.block is not None and not gate.block.weight.any() and float(gate.block.bias) <= 0
+    return gate.block is not None and not gate.block.weight.any() and bool((gate.block.bias <= 0).all())
 
 
 def plan_block(
