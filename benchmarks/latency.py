@@ -59,10 +59,8 @@ def main() -> None:
     cases += [Case(str(folder.resolve()), (1, 32), 30, share=0.0) for folder in options.folders]
     content = former(options.out.with_suffix(".json"))
     for case in cases:
+        about = described(case)
         for threads in options.threads:
-            about = {"network": case.network, "share": case.share}
-            if not case.share:
-                about = {"network": Path(case.network).name, "share": 0.0, **accuracies(Path(case.network))}
             measured = run(case, threads)
             for kind in ("rows", "engines"):
                 key = (about["network"], case.share, threads)
@@ -81,10 +79,13 @@ def former(file: Path) -> dict[str, Any]:
     return content if same else {"machine": machine, "rows": [], "engines": []}
 
 
-def accuracies(folder: Path) -> dict[str, float | None]:
-    """Of the original and of the gated network, on the test images of the conversion."""
-    done = json.loads((folder / "report.json").read_text())
-    return {"dense_accuracy": done["dense"]["accuracy"], "accuracy": done["gated"]["accuracy"]}
+def described(case: Case) -> dict[str, Any]:
+    """What each of its rows says; of a folder also the accuracy of both networks on the test images."""
+    if case.share:
+        return {"network": case.network, "share": case.share}
+    done = json.loads((Path(case.network) / "report.json").read_text())
+    accuracies = {"dense_accuracy": done["dense"]["accuracy"], "accuracy": done["gated"]["accuracy"]}
+    return {"network": Path(case.network).name, "share": case.share, **accuracies}
 
 
 def run(case: Case, threads: int) -> dict[str, list[dict[str, Any]]]:
