@@ -189,9 +189,11 @@ struct Share {
   int64_t end(int64_t count) const { return count * (me + 1) / all; }
 };
 
-// Call one(i) for each i in [0, count), each thread for some that follow each other.
+// Call one(i) for each i in [0, count), each thread for some that follow each other; one thread for all where they are no
+// more values than are worth sharing.
 template <typename One>
-void each_of(int64_t count, int64_t threads, const One& one) {
+void each_of(int64_t count, int64_t values, int64_t threads, const One& one) {
+  if (values <= PARALLEL) threads = 1;
   Threads::share(threads, threads, [&](int64_t t) {
     const Share share = {t, threads};
     for (int64_t i = share.begin(count); i < share.end(count); ++i) one(i);
@@ -215,7 +217,7 @@ struct Convolution {
     const float* source = image;
     if (!layout.as_it_is) {
       float* copy = kept.need(room());
-      each_of(channels, channels * layout.plane > PARALLEL ? threads : 1, [&](int64_t c) {
+      each_of(channels, channels * layout.plane, threads, [&](int64_t c) {
         layout.spread(image + c * layout.height * layout.width, copy + c * layout.plane);
       });
       source = copy;
@@ -356,7 +358,7 @@ struct DepthwiseConvolution {
   void run(int64_t threads) const {
     std::vector<int64_t> places(layout.taps);
     for (int64_t t = 0; t < layout.taps; ++t) places[t] = layout.place(t);
-    each_of(count, count * layout.pixels > PARALLEL ? threads : 1, [&](int64_t c) {
+    each_of(count, count * layout.pixels, threads, [&](int64_t c) {
       static thread_local Scratch kept;
       float* copy = kept.need(layout.plane + VECTORS * layout.line + LANES);  // the last vectors read beyond
       layout.spread(image + c * layout.height * layout.width, copy);

@@ -31,14 +31,14 @@ float dot(const float* a, const float* b, int64_t count) {
 std::vector<float> logits_of(const Block& block, const float* image, int64_t pixels, int64_t threads) {
   const int64_t count = block.has_block + block.units;
   std::vector<float> pooled(block.features), logits(count);
-  each_of(block.features, block.features * pixels > PARALLEL ? threads : 1, [&](int64_t c) {
+  each_of(block.features, block.features * pixels, threads, [&](int64_t c) {
     float sum = 0.f;
     const float* plane = image + c * pixels;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < pixels; ++i) sum += plane[i];
     pooled[c] = sum / pixels;
   });
-  each_of(count, count * block.features > PARALLEL ? threads : 1, [&](int64_t k) {
+  each_of(count, count * block.features, threads, [&](int64_t k) {
     logits[k] = block.gate_bias[k] + dot(block.gate_weight + k * block.features, pooled.data(), block.features);
   });
   return logits;
@@ -108,7 +108,7 @@ void run_block(const Block& block, const std::vector<Work>& works, int64_t heigh
       const float *bias = step.bias, *added = last ? work.shortcut : nullptr;
       if (step.filled) {
         work.shifted.resize(step.rows);
-        each_of(step.rows, step.rows * block.units > PARALLEL ? threads : 1, [&](int64_t c) {
+        each_of(step.rows, step.rows * block.units, threads, [&](int64_t c) {
           work.shifted[c] = (bias ? bias[c] : 0.f) + dot(block.fill + c * block.units, work.left.data(), block.units);
         });
         bias = work.shifted.data();
