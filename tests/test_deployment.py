@@ -23,11 +23,11 @@ from gatefit.deployment.engines import BF16, OnnxNetwork, dense_engines, masked_
 from gatefit.deployment.folder import load_deployed, write_deployment
 from gatefit.deployment.gathered import GatheredBlock, GatheredConv
 from gatefit.deployment.memory import held_by, peak_of
-from gatefit.deployment.native import kernels
+from gatefit.deployment.native import kernels, threads, torch_alone
 from gatefit.deployment.native_network import gathered_network
 from gatefit.deployment.plan import BlockPlan, observe, plan_block
 from gatefit.deployment.prepack import PackedConv
-from gatefit.deployment.stretches import ONNX, TORCH, OnnxStretch
+from gatefit.deployment.stretches import ONNX, TORCH, OnnxStretch, TorchStretch
 from gatefit.deployment.tune import forms_of
 from gatefit.deployment.what_if import set_share
 from gatefit.errors import DeployError
@@ -168,12 +168,13 @@ def test_a_gathered_convolution(shape, stride):
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
-@pytest.mark.parametrize("size", [1, 3, 5])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_gathered_depthwise_convolution(size, stride):
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("image", [(9, 21), (7, 7), (40, 33)])
+def test_a_gathered_depthwise_convolution(size, stride, image):
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(12, 12, size, stride, size // 2, groups=12)
-    rows, x = torch.tensor([1, 2, 5, 11]), torch.randn(2, 12, 9, 21)
+    rows, x = torch.tensor([1, 2, 5, 11]), torch.randn(2, 12, *image)
     with torch.no_grad():
         whole = conv(x).clamp(0, 6)
         assert same(GatheredConv(conv, "hardtanh")(x), whole)
@@ -311,6 +312,27 @@ def test_kernels_called_from_several_threads_and_after_a_fork():
             finally:
                 os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+def test_pytorch_runs_on_one_thread_between_blocks_and_kernels_on_all():
+    gated = gated_network("basic")
+    plans = {n: plan_block(gated, gates_of(gated)[n], s, 4) for n, s in observe(gated, [images(8)]).items()}
+    count = len(gathered_network(gated, plans, [images(1)]).meta["engines"])
+    network = gathered_network(gated, plans, [images(1)], [TORCH] * count)
+    seen = []
+    for stretch in network.modules():
+        if isinstance(stretch, TorchStretch):
+            stretch.stretch.register_forward_hook(lambda *_: seen.append((torch.get_num_threads(), threads())))
+    with torch.no_grad(), running_on(2):
+        network(images(3))
+        assert set(seen) == {(1, 2)}
+        with pytest.raises(RuntimeError), torch_alone(), torch_alone():
+            assert torch.get_num_threads() == 1
+            with ThreadPoolExecutor(1) as other:
+                assert other.submit(torch.get_num_threads).result() == 2
+            raise RuntimeError
+        assert torch.get_num_threads() == threads() == 2
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from gatefit.deployment.branch import SHORTCUT, Place
 from gatefit.deployment.dynamic import Saliences
 from gatefit.deployment.gathered import OPEN, GatheredConv, gathered_way, need_kernels
-from gatefit.deployment.native import NUMBER, POINTER, REAL, Kernels
+from gatefit.deployment.native import NUMBER, POINTER, REAL, Kernels, threads
 from gatefit.deployment.plan import BlockPlan
 from gatefit.deployment.prepack import activation_of
 from gatefit.errors import DeployError
@@ -104,11 +104,13 @@ class ChainBlock(nn.Module):
                 *link.bounds,
             )
             height, width = ((s + 2 * padding - weight.shape[2]) // stride + 1 for s in (height, width))
+        fill = None if self.fill is None else self.fill.get_parameter("weight").flatten(1).T.contiguous()
+        packed.append(fill)
         block = _Block(
             fc.weight.data_ptr(),
             fc.bias.data_ptr(),
-            None if self.fill is None else self.fill.get_parameter("weight").data_ptr(),
-            None if self.fill is None else gate.lowered.data_ptr(),
+            None if fill is None else fill.data_ptr(),
+            None if fill is None else gate.lowered.data_ptr(),
             fc.in_features,
             int(self.saliences.skip),
             fc.out_features - int(gate.block is not None),
@@ -148,7 +150,7 @@ class ChainBlocks(nn.Module):
         result = torch.empty_like(shortcut)
         places = (x.data_ptr(), shortcut.data_ptr(), result.data_ptr())
         total = shortcut.numel() // max(1, len(x))
-        run.blocks(told[0], len(self.blocks), *places, len(x), *x.shape[2:], total, torch.get_num_threads())
+        run.blocks(told[0], len(self.blocks), *places, len(x), *x.shape[2:], total, threads())
         return result
 
     def _tell(self, run: Kernels, x: Tensor) -> tuple[Any, ...]:

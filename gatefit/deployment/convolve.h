@@ -11,7 +11,7 @@
 
 #include "threads.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -32,37 +32,52 @@ typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(s
 Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
 void store(float* p, Lanes x) { *reinterpret_cast<Lanes*>(p) = x; }
 
-// The first `count` lanes alone, 0 to LANES; the others are read as 0. And lanes [low, high) of p[lane * stride].
+// Lanes [low, high) alone, the others are read as 0; and the first `count`, 0 to LANES.
 #ifdef __AVX512F__
-__mmask16 lanes_below(int64_t count) { return (1u << std::clamp<int64_t>(count, 0, LANES)) - 1; }
-Lanes load(const float* p, int64_t count) { return (Lanes)_mm512_maskz_loadu_ps(lanes_below(count), p); }
+using Mask = __mmask16;
+Mask lanes_below(int64_t count) { return (1u << std::clamp<int64_t>(count, 0, LANES)) - 1; }
+Mask lanes_of(int64_t low, int64_t high) { return lanes_below(high) & ~lanes_below(low); }
+Lanes load(const float* p, Mask mask) { return (Lanes)_mm512_maskz_loadu_ps(mask, p); }
 void store(float* p, Lanes x, int64_t count) { _mm512_mask_storeu_ps(p, lanes_below(count), (__m512)x); }
-Lanes load(const float* p, int64_t low, int64_t high, int64_t stride) {
-  const auto some = [&](int64_t from, int64_t to, int64_t at) {
-    return _mm512_maskz_loadu_ps(lanes_below(to - at) & ~lanes_below(from - at), p + at);
-  };
-  if (stride == 1) return (Lanes)some(low, high, 0);
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  if (stride == 2) {
-    const __m512 a = some(2 * low, 2 * high - 1, 0), b = some(2 * low, 2 * high - 1, LANES);
-    return (Lanes)_mm512_permutex2var_ps(a, _mm512_add_epi32(lanes, lanes), b);
-  }
-  const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride));
-  return (Lanes)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes_below(high) & ~lanes_below(low), places, p, 4);
+#elif defined(__AVX2__)
+using Mask = __m256i;
+Mask lanes_of(int64_t low, int64_t high) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const auto below = [&](int64_t end) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(std::clamp<int64_t>(end, 0, LANES)), lanes); };
+  return _mm256_andnot_si256(below(low), below(high));
 }
+Lanes load(const float* p, Mask mask) { return (Lanes)_mm256_maskload_ps(p, mask); }
+void store(float* p, Lanes x, int64_t count) { _mm256_maskstore_ps(p, lanes_of(0, count), (__m256)x); }
 #else
-Lanes load(const float* p, int64_t count) {
+struct Mask { int64_t low, high; };
+Mask lanes_of(int64_t low, int64_t high) { return {std::max<int64_t>(low, 0), std::min<int64_t>(high, LANES)}; }
+Lanes load(const float* p, Mask mask) {
   Lanes x = {};
-  std::memcpy(&x, p, count * sizeof(float));
+  for (int64_t i = mask.low; i < mask.high; ++i) x[i] = p[i];
   return x;
 }
 void store(float* p, Lanes x, int64_t count) { std::memcpy(p, &x, count * sizeof(float)); }
+#endif
+Lanes load(const float* p, int64_t count) { return load(p, lanes_of(0, count)); }
+
+// The same of p[lane * stride].
 Lanes load(const float* p, int64_t low, int64_t high, int64_t stride) {
+  if (stride == 1) return load(p, lanes_of(low, high));
+#ifdef __AVX512F__
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  if (stride == 2) {
+    const __m512 a = (__m512)load(p, lanes_of(2 * low, 2 * high - 1));
+    const __m512 b = (__m512)load(p + LANES, lanes_of(2 * low - LANES, 2 * high - 1 - LANES));
+    return (Lanes)_mm512_permutex2var_ps(a, _mm512_add_epi32(lanes, lanes), b);
+  }
+  const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride));
+  return (Lanes)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes_of(low, high), places, p, 4);
+#else
   Lanes x = {};
   for (int64_t i = std::max<int64_t>(low, 0); i < std::min<int64_t>(high, LANES); ++i) x[i] = p[i * stride];
   return x;
-}
 #endif
+}
 
 int64_t vectors_of(int64_t values) { return (values + LANES - 1) / LANES; }
 
@@ -189,14 +204,22 @@ struct Share {
   int64_t end(int64_t count) const { return count * (me + 1) / all; }
 };
 
-// Call one(i) for each i in [0, count), each thread for some that follow each other; one thread for all where they are no
-// more values than are worth sharing.
-template <typename One>
-void each_of(int64_t count, int64_t values, int64_t threads, const One& one) {
+// Call some(begin, end) for parts of [0, count), one for each thread; for all at once where they are no more values than
+// are worth sharing.
+template <typename Some>
+void parts_of(int64_t count, int64_t values, int64_t threads, const Some& some) {
   if (values <= PARALLEL) threads = 1;
   Threads::share(threads, threads, [&](int64_t t) {
     const Share share = {t, threads};
-    for (int64_t i = share.begin(count); i < share.end(count); ++i) one(i);
+    some(share.begin(count), share.end(count));
+  });
+}
+
+// Call one(i) for each i in [0, count); as above.
+template <typename One>
+void each_of(int64_t count, int64_t values, int64_t threads, const One& one) {
+  parts_of(count, values, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) one(i);
   });
 }
 
@@ -356,25 +379,76 @@ struct DepthwiseConvolution {
   Bounds bounds;
 
   void run(int64_t threads) const {
-    std::vector<int64_t> places(layout.taps);
-    for (int64_t t = 0; t < layout.taps; ++t) places[t] = layout.place(t);
     each_of(count, count * layout.pixels, threads, [&](int64_t c) {
-      static thread_local Scratch kept;
-      float* copy = kept.need(layout.plane + VECTORS * layout.line + LANES);  // the last vectors read beyond
-      layout.spread(image + c * layout.height * layout.width, copy);
-      const float *taps = weight + rows[c] * layout.taps, shift = bias ? bias[rows[c]] : 0.f;
-      for (int64_t x = 0; x < layout.out_width; x += LANES)
-        for (int64_t y = 0; y < layout.out_height; y += VECTORS) {
-          const float* from = copy + y * layout.line + x;
-          Lanes sums[VECTORS];
-          for (Lanes& sum : sums) sum = shift - Lanes{};
-          for (int64_t t = 0; t < layout.taps; ++t)
-            for (int64_t v = 0; v < VECTORS; ++v) sums[v] += taps[t] * load(from + places[t] + v * layout.line);
-          for (int64_t v = 0; v < std::min<int64_t>(VECTORS, layout.out_height - y); ++v)
-            store(out + c * layout.pixels + (y + v) * layout.out_width + x, bounds.cut(sums[v]),
-                  std::min<int64_t>(LANES, layout.out_width - x));
-        }
+      switch (layout.kernel * 10 + layout.stride) {
+        case 31: return channel<3, 1>(c);
+        case 32: return channel<3, 2>(c);
+        case 51: return channel<5, 1>(c);
+        case 52: return channel<5, 2>(c);
+        case 71: return channel<7, 1>(c);
+        default: return any(c);
+      }
     });
+  }
+
+ private:
+  static constexpr int LINES = 7;
+
+  // Where lanes read by tap column dx for outputs from x on lie inside the image.
+  int64_t low(int64_t x, int64_t dx) const { return ceil_of(layout.padding - dx, layout.stride) - x; }
+  int64_t high(int64_t x, int64_t dx) const { return ceil_of(layout.width + layout.padding - dx, layout.stride) - x; }
+  static int64_t ceil_of(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
+  // Each line of the image is read once for all lines of the result that it is part of, several of which are summed.
+  template <int K, int S>
+  void channel(int64_t c) const {
+    const float* plane = image + c * layout.height * layout.width;
+    const float* taps = weight + rows[c] * layout.taps;
+    for (int64_t x = 0; x < layout.out_width; x += LANES) {
+      Mask inside[K];
+      for (int dx = 0; dx < K; ++dx) inside[dx] = lanes_of(low(x, dx), high(x, dx));
+      for (int64_t y = 0; y < layout.out_height; y += LINES) {
+        Lanes sums[LINES];
+        for (Lanes& sum : sums) sum = (bias ? bias[rows[c]] : 0.f) - Lanes{};
+#pragma GCC unroll 20
+        for (int line = 0; line < (LINES - 1) * S + K; ++line) {
+          const int64_t from = y * S + line - layout.padding;
+          if (from < 0 || from >= layout.height) continue;
+          const float* p = plane + from * layout.width + x * S - layout.padding;
+#pragma GCC unroll 7
+          for (int dx = 0; dx < K; ++dx) {
+            const Lanes values = S == 1 ? load(p + dx, inside[dx]) : load(p + dx, low(x, dx), high(x, dx), S);
+#pragma GCC unroll 7
+            for (int h = 0; h < LINES; ++h)
+              if (line >= h * S && line < h * S + K) sums[h] += taps[(line - h * S) * K + dx] * values;
+          }
+        }
+#pragma GCC unroll 7
+        for (int h = 0; h < LINES; ++h)  // written out: where one is reached by a variable, all lie in memory
+          if (y + h < layout.out_height) finish(c, y + h, x, sums[h]);
+      }
+    }
+  }
+
+  void any(int64_t c) const {
+    const float* plane = image + c * layout.height * layout.width;
+    for (int64_t y = 0; y < layout.out_height; ++y)
+      for (int64_t x = 0; x < layout.out_width; x += LANES) {
+        Lanes sum = (bias ? bias[rows[c]] : 0.f) - Lanes{};
+        for (int64_t dy = 0; dy < layout.kernel; ++dy) {
+          const int64_t from = y * layout.stride + dy - layout.padding;
+          if (from < 0 || from >= layout.height) continue;
+          const float* p = plane + from * layout.width + x * layout.stride - layout.padding;
+          const float* taps = weight + rows[c] * layout.taps + dy * layout.kernel;
+          for (int64_t dx = 0; dx < layout.kernel; ++dx)
+            sum += taps[dx] * load(p + dx, low(x, dx), high(x, dx), layout.stride);
+        }
+        finish(c, y, x, sum);
+      }
+  }
+
+  void finish(int64_t c, int64_t y, int64_t x, Lanes sum) const {
+    store(out + c * layout.pixels + y * layout.out_width + x, bounds.cut(sum), std::min<int64_t>(LANES, layout.out_width - x));
   }
 };
 

@@ -15,17 +15,24 @@ struct Step {
 
 // A block whose branch is a chain of convolutions, and its gates: one layer for both, (has_block + units, features).
 struct Block {
-  const float *gate_weight, *gate_bias, *fill, *lowered;  // fill (channels, units), or null
+  const float *gate_weight, *gate_bias, *fill, *lowered;  // fill (units, channels), or null
   int64_t features, has_block, units, steps;
   const Step* step;
   float lowest, highest;  // behind the sum
 };
 
-float dot(const float* a, const float* b, int64_t count) {
-  float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
-  return sum;
+// bias + weight x for rows [begin, end) of a matrix (rows, count). Several at a time: they come from far.
+void multiply_rows(const float* weight, const float* x, const float* bias, int64_t count, int64_t begin, int64_t end,
+                   float* out) {
+  for (int64_t r = begin; r < end; r += 4) {
+    const int64_t last = end - 1;
+    const float *a = weight + r * count, *b = weight + std::min(r + 1, last) * count;
+    const float *c = weight + std::min(r + 2, last) * count, *d = weight + std::min(r + 3, last) * count;
+    float sums[4] = {}, &s = sums[0], &t = sums[1], &u = sums[2], &v = sums[3];
+#pragma omp simd reduction(+ : s, t, u, v)
+    for (int64_t i = 0; i < count; ++i) s += a[i] * x[i], t += b[i] * x[i], u += c[i] * x[i], v += d[i] * x[i];
+    for (int64_t i = 0; i < 4 && r + i < end; ++i) out[r + i] = bias[r + i] + sums[i];
+  }
 }
 
 std::vector<float> logits_of(const Block& block, const float* image, int64_t pixels, int64_t threads) {
@@ -38,8 +45,8 @@ std::vector<float> logits_of(const Block& block, const float* image, int64_t pix
     for (int64_t i = 0; i < pixels; ++i) sum += plane[i];
     pooled[c] = sum / pixels;
   });
-  each_of(count, count * block.features, threads, [&](int64_t k) {
-    logits[k] = block.gate_bias[k] + dot(block.gate_weight + k * block.features, pooled.data(), block.features);
+  parts_of(count, count * block.features, threads, [&](int64_t begin, int64_t end) {
+    multiply_rows(block.gate_weight, pooled.data(), block.gate_bias, block.features, begin, end, logits.data());
   });
   return logits;
 }
@@ -80,6 +87,17 @@ bool opens(const Block& block, Work& work, int64_t pixels, int64_t total, int64_
   return true;
 }
 
+// bias + what closed units leave behind, for channels [begin, end) of `channels`.
+void fill(const Block& block, Work& work, const float* bias, int64_t channels, int64_t begin, int64_t end) {
+  float* to = work.shifted.data();
+  for (int64_t c = begin; c < end; ++c) to[c] = bias ? bias[c] : 0.f;
+  for (int64_t u = 0; u < block.units; ++u) {
+    const float left = work.left[u], *weight = block.fill + u * channels;
+    if (left == 0.f) continue;
+    for (int64_t c = begin; c < end; ++c) to[c] += left * weight[c];
+  }
+}
+
 // Images side by side, step by step, of (features, height, width); shortcuts and results, of `total` values, as the
 // branch gives.
 void run_block(const Block& block, const std::vector<Work>& works, int64_t height, int64_t width, int64_t total,
@@ -108,8 +126,8 @@ void run_block(const Block& block, const std::vector<Work>& works, int64_t heigh
       const float *bias = step.bias, *added = last ? work.shortcut : nullptr;
       if (step.filled) {
         work.shifted.resize(step.rows);
-        each_of(step.rows, step.rows * block.units, threads, [&](int64_t c) {
-          work.shifted[c] = (bias ? bias[c] : 0.f) + dot(block.fill + c * block.units, work.left.data(), block.units);
+        parts_of(step.rows, step.rows * block.units, threads, [&](int64_t begin, int64_t end) {
+          fill(block, work, bias, step.rows, begin, end);
         });
         bias = work.shifted.data();
       }

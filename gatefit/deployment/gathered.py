@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.deployment.branch import Place, cut
 from gatefit.deployment.dynamic import Saliences, reads_saliences
-from gatefit.deployment.native import Kernels, kernels
+from gatefit.deployment.native import Kernels, kernels, threads
 from gatefit.deployment.plan import BlockPlan
 from gatefit.deployment.prepack import PLAIN, replace_convs
 from gatefit.errors import DeployError
@@ -65,13 +65,13 @@ class GatheredConv(nn.Module):
         if self.depthwise:
             bounds = self.bounds if added is None else _BOUNDS["none"]
             places = _pointers(x, self.weight, self.bias, rows, result)
-            run.depthwise(*places, *x.shape, *sizes, *bounds, torch.get_num_threads())
+            run.depthwise(*places, *x.shape, *sizes, *bounds, threads())
             result = result if added is None else (result + added).clamp(*self.bounds)
         else:
             added = None if added is None else added.contiguous()
             places = _pointers(x, self.weight, self.bias, rows, columns, added, result)
             counts = (len(rows), self.weight.shape[1])
-            run.conv(*places, *x.shape, *counts, *sizes, *self.bounds, torch.get_num_threads())
+            run.conv(*places, *x.shape, *counts, *sizes, *self.bounds, threads())
         done: Tensor = self.after(result)
         return done
 

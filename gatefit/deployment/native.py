@@ -8,7 +8,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,49 @@ def _build(compiler: str, file: Path) -> None:
         built = Path(place) / "gathered.so"
         subprocess.run([compiler, *FLAGS, str(SOURCES[0]), "-o", str(built)], check=True, capture_output=True)
         built.replace(file)
+
+
+_here = threading.local()
+
+
+def threads() -> int:
+    """How many threads the kernels may use: as many as PyTorch, but for `torch_alone`."""
+    return getattr(_here, "threads", 0) or torch.get_num_threads()
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Meanwhile PyTorch runs on the caller's thread, the kernels on all.
+
+    OpenMP's threads spin for milliseconds after their work, on processors that the kernels' threads need by then.
+    """
+    before = threads()
+    outer, _here.threads = getattr(_here, "threads", 0), before
+    _set_openmp_threads(1)
+    try:
+        yield
+    finally:
+        _here.threads = outer
+        _set_openmp_threads(1 if outer else before)
+
+
+def _set_openmp_threads(count: int) -> None:
+    """For the calling thread alone, unlike `torch.set_num_threads`, from which others that begin now would take it."""
+    function = _openmp()
+    if function is not None:
+        function(count)
+
+
+@functools.cache
+def _openmp() -> Callable[[int], None] | None:
+    """Of the library that PyTorch has loaded."""
+    try:
+        function = ctypes.CDLL(None).omp_set_num_threads
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.restype = None
+    found: Callable[[int], None] = function
+    return found
 
 
 def processor(what: str) -> str:

@@ -11,12 +11,30 @@ from torch.fx.passes.split_module import split_module
 from gatefit.deployment.dynamic import HOLDER
 from gatefit.deployment.engines import Session, has_onnx, need_onnx
 from gatefit.deployment.gathered import with_gathered_convs
+from gatefit.deployment.native import torch_alone
 from gatefit.deployment.tune import milliseconds
 from gatefit.errors import DeployError
 from gatefit.graph import module_of
 from gatefit.tracer import WEIGHTED
 
 TORCH, ONNX = "torch", "onnxruntime"
+
+
+class TorchStretch(nn.Module):
+    """A stretch in PyTorch, its convolutions by gatefit's own kernels.
+
+    Args:
+        stretch: changed.
+    """
+
+    def __init__(self, stretch: fx.GraphModule) -> None:
+        super().__init__()
+        self.stretch = with_gathered_convs(stretch)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """As the stretch."""
+        with torch_alone():
+            return self.stretch(*inputs)
 
 
 class OnnxStretch(nn.Module):
@@ -96,13 +114,16 @@ def with_fast_stretches(
         assert isinstance(stretch, fx.GraphModule)
         forms: dict[str, nn.Module] = {}
         if engine != ONNX:
-            forms[TORCH] = with_gathered_convs(copy.deepcopy(stretch))
+            forms[TORCH] = TorchStretch(copy.deepcopy(stretch))
         if engine != TORCH:
             need_onnx()
             forms |= _in_onnx(stretch, pairs[name][0])
         times = milliseconds(list(forms.values()), given) if len(forms) > 1 else [0.0]
         chosen.append(min(zip(times, forms, strict=True))[1])
         split.set_submodule(name, forms[chosen[-1]])
+    for name, part in list(split.named_children()):
+        if isinstance(part, fx.GraphModule) and not any(n.startswith(HOLDER) for n, _ in part.named_children()):
+            split.set_submodule(name, TorchStretch(part))
     return split, tuple(chosen)
 
 
