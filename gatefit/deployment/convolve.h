@@ -197,6 +197,18 @@ struct Table {
 };
 const Table MULTIPLY;
 
+float dot(const float* a, const float* b, int64_t count) {
+  Lanes sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * LANES <= count; i += 4 * LANES)
+    for (int v = 0; v < 4; ++v) sums[v] += load(a + i + v * LANES) * load(b + i + v * LANES);
+  for (; i < count; i += LANES) sums[0] += load(a + i, count - i) * load(b + i, count - i);
+  const Lanes all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  float sum = 0.f;
+  for (int l = 0; l < LANES; ++l) sum += all[l];
+  return sum;
+}
+
 // Which part of the work thread `me` of `all` does.
 struct Share {
   int64_t me, all;
@@ -301,10 +313,12 @@ struct Convolution {
   // How positions of the output, in vectors, are cut into tiles, and rows into groups.
   struct Tiles {
     Layout result;  // of what is summed
+    bool lone;  // the last pixel would have a vector to itself, and is summed with channels side by side
     int64_t vectors, count, wide, high, groups;
     explicit Tiles(const Convolution& it) : result(it.layout) {
       if (it.dense()) result.reach = 0, result.positions = it.layout.pixels;
-      vectors = vectors_of(result.positions), count = (vectors + VECTORS - 1) / VECTORS;
+      lone = it.layout.taps == 1 && result.positions > LANES && result.positions % LANES == 1;
+      vectors = vectors_of(result.positions - lone), count = (vectors + VECTORS - 1) / VECTORS;
       wide = (vectors + count - 1) / count;
       high = wide == 1 ? LONE_ROWS : std::min<int64_t>(ROWS, SUMS / wide), groups = (it.count + high - 1) / high;
     }
@@ -321,7 +335,7 @@ struct Convolution {
     const int64_t chunk = std::max<int64_t>(1, packs() ? std::min(channels, PANEL / panel_room) : channels);
     static thread_local Scratch panels, sums;
     float* panel = packs() ? panels.need(chunk * panel_room + 2 * LANES) : nullptr;
-    float* sum = sums.need((last - first) * tiles.high * tiles.wide * LANES);
+    float* sum = sums.need((last - first) * tiles.high * (tiles.wide * LANES + tiles.lone));
     for (int64_t tile = of_tiles.begin(tiles.count); tile < of_tiles.end(tiles.count); ++tile)
       for (int64_t begin = 0; begin < channels || begin == 0; begin += chunk)
         add(source, columns_at, tiles, tile, begin, std::min(chunk, channels - begin), first, last, panel, sum);
@@ -338,6 +352,10 @@ struct Convolution {
     for (int64_t t = 0; t < taps; ++t) places[t] = packs() ? t * width : layout.place(t);
     const float* from = source + begin * layout.plane;
     if (packs()) pack(from, some, start, width, begin + some == channels, panel);
+    const bool lone = tiles.lone && tile + 1 == tiles.count;
+    const int64_t at = some ? columns_at[begin] : 0, span = some ? columns_at[begin + some - 1] + 1 - at : 0;
+    const float* pixel = lone ? last_pixel(from, columns_at + begin, some, span) : nullptr;
+    float* last_sums = sum + (last - first) * tiles.high * tiles.wide * LANES - first * tiles.high;
     for (int64_t g = first; g < last; ++g) {
       const int64_t row = g * tiles.high, these = std::min(tiles.high, count - row);
       const float* taken[ROWS];
@@ -345,13 +363,25 @@ struct Convolution {
       float* here = sum + (row - first * tiles.high) * tiles.wide * LANES;
       MULTIPLY.of[these][vectors](packs() ? panel : from + start, packs() ? taps * width : layout.plane, places.data(),
                                   taps, taken, columns_at + begin, some, begin > 0, here);
+      for (int64_t r = row; lone && r < row + these; ++r)
+        last_sums[r] = (begin ? last_sums[r] : 0.f) + dot(taken[r - row] + at, pixel, span);
       if (begin + some < channels) continue;
       for (int64_t r = 0; r < these; ++r) {
-        const int64_t to = (row + r) * layout.pixels;
-        tiles.result.finish(here + r * width, start, start + width, bias ? bias[rows[row + r]] : 0.f,
-                            added ? added + to : nullptr, out + to, bounds);
+        const int64_t to = (row + r) * layout.pixels, end = to + layout.pixels - 1;
+        const float shift = bias ? bias[rows[row + r]] : 0.f;
+        tiles.result.finish(here + r * width, start, start + width, shift, added ? added + to : nullptr, out + to, bounds);
+        if (lone) store(out + end, bounds.cut(last_sums[row + r] + shift + (added ? added[end] : 0.f) + Lanes{}), 1);
       }
     }
+  }
+
+  // The last pixel's values of `some` channels, where the columns of a row that read them lie, and 0 between.
+  const float* last_pixel(const float* from, const int64_t* columns_at, int64_t some, int64_t span) const {
+    static thread_local Scratch kept;
+    float* to = kept.need(span + 1);
+    std::fill(to, to + span, 0.f);
+    for (int64_t j = 0; j < some; ++j) to[columns_at[j] - columns_at[0]] = from[j * layout.plane + layout.pixels - 1];
+    return to;
   }
 
   // What `some` channels read for `width` output positions from `start` on, side by side: (some, taps, width).
