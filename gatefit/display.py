@@ -117,6 +117,19 @@ def show_deployment(console: Console, deployment: Deployment) -> None:
     console.print(table)
     if deployment.agreement is not None:
         console.print(f"answers as before on {percent(deployment.agreement)} of images that chose no channel")
+    taken = deployment.taken
+    if taken is not None:
+        images = "an image" if taken.batch == 1 else f"{taken.batch} images"
+        console.print(
+            f"{images}: {taken.deployed:.2f} ms, in the original {taken.original:.2f} ms ({taken.engine})",
+            soft_wrap=True,
+        )
+        if taken.deployed > taken.original:
+            console.print(
+                "note: slower than the original: what is closed saves less here than gates cost; convert with a lower "
+                "--target, or keep the original",
+                soft_wrap=True,
+            )
 
 
 def show_bench(console: Console, timings: list[Timing], rows: list[Row]) -> None:

@@ -1,17 +1,22 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from gatefit.cli import app
+from gatefit.deployment.plan import Deployment, Taken
+from gatefit.display import show_deployment
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = f"{ROOT}/examples/cifar_resnet.py"
@@ -109,6 +114,7 @@ def test_deploy_and_bench(converted, tmp_path):
     result = gatefit("deploy", folder)
     assert result.exit_code == 0 and "blocks as deployed" in result.stdout, result.stderr
     assert json.loads((folder / "deployment.json").read_text())["backend"] == "torch"
+    assert re.search(r"an image: \d+\.\d\d ms, in the original \d+\.\d\d ms", result.stdout)
     (folder / "deployment.json").unlink()
     result = gatefit("bench", folder, "--batch", "1", "--rounds", "2", "--json")
     rows = json.loads(result.stdout)["rows"]
@@ -124,7 +130,15 @@ def test_deploy_and_bench(converted, tmp_path):
     assert "no file" in refused("deploy", tmp_path)
     harvested = gatefit("deploy", folder, "--harvest", "--batch", "4")
     assert harvested.exit_code == 0 and "answers as before on" in harvested.stdout, harvested.stderr
+    assert "4 images: " in harvested.stdout
     (folder / "deployment.json").unlink()
+
+
+@pytest.mark.parametrize(("milliseconds", "slower"), [(2.0, False), (3.5, True)])
+def test_a_deployment_that_is_slower_than_the_original_says_so(milliseconds, slower):
+    console = Console(file=StringIO(), markup=False)
+    show_deployment(console, Deployment((), None, Taken(1, milliseconds, 3.0, "onnxruntime")))
+    assert ("note: slower than the original" in console.file.getvalue()) == slower
 
 
 def test_inspect():

@@ -20,6 +20,9 @@ PAUSE = 0.1
 COMPARED = 8
 """Batches whose outputs are compared."""
 
+Engine = tuple[str, bool]
+"""Its name, and whether it runs the deployed network."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -88,13 +91,13 @@ def bench(
     batches = [b.contiguous() for b in images.split(batch) if len(b) == batch]
     makers = {(name, False): make for name, make in dense_engines(original, batches[0]).items()}
     makers |= {(name, True): make for name, make in deployed.items()}
-    engines, peaks = dict[tuple[str, bool], Run](), dict[tuple[str, bool], float | None]()
+    engines, peaks = dict[Engine, Run](), dict[Engine, float | None]()
     for key, make in makers.items():
         engines[key], held = held_by(make)
         more = peak_of(lambda: engines[key](batches[0]))  # noqa: B023
         peaks[key] = None if held is None or more is None else held + more
     timings = []
-    for (name, dynamic), taken in _times(engines, batches, rounds).items():
+    for (name, dynamic), taken in times(engines, batches, rounds).items():
         wanted, run = (gated if dynamic else original), engines[name, dynamic]
         difference = max(float((run(b) - wanted(b)).abs().max()) for b in batches[:COMPARED])
         ordered = sorted(taken)
@@ -122,13 +125,12 @@ def _gates_ms(gated: fx.GraphModule, batch: Tensor) -> float:
     return milliseconds([lambda: [gate(x) for gate, x in given]], [()])[0]
 
 
-def _times(
-    engines: dict[tuple[str, bool], Run], batches: list[Tensor], rounds: int
-) -> dict[tuple[str, bool], list[float]]:
+def times(engines: dict[Engine, Run], batches: list[Tensor], rounds: int) -> dict[Engine, list[float]]:
+    """Milliseconds of each engine in each round; see `bench`."""
     for run in engines.values():
         for batch in batches[:WARM_UP]:
             run(batch)
-    found: dict[tuple[str, bool], list[float]] = {key: [] for key in engines}
+    found: dict[Engine, list[float]] = {key: [] for key in engines}
     for i in range(rounds):
         batch = batches[i % len(batches)]
         for key, run in engines.items():

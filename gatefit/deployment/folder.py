@@ -1,5 +1,6 @@
 """A deployment beside the gated network that it was made from: `deployment.json`, and for ONNX the file itself."""
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from torch import Tensor, fx, nn
 from gatefit.convert import Opened
 from gatefit.data import some_images
 from gatefit.deployment import Backend, deploy
+from gatefit.deployment.bench import Engine, times
 from gatefit.deployment.branch import Place, place_or_none
 from gatefit.deployment.dynamic import assemble
-from gatefit.deployment.engines import OnnxNetwork, Run, masked_onnx, need_onnx, packed
+from gatefit.deployment.engines import OnnxNetwork, Run, dense_engines, masked_onnx, need_onnx, packed
 from gatefit.deployment.native import processor
 from gatefit.deployment.native_network import gathered_network
-from gatefit.deployment.plan import BlockPlan, Deployment
+from gatefit.deployment.plan import BlockPlan, Deployment, Taken
 from gatefit.errors import CheckpointError, DeployError
 from gatefit.files import read_json, write_atomically, write_json
 from gatefit.gates import gates_of
@@ -25,6 +27,8 @@ FILE = "deployment.json"
 FORMAT = 3
 CALIBRATION = 256
 """Training images that masks are chosen by; where channels are harvested, as many others are compared."""
+ROUNDS = 12
+"""Of timing the deployed network beside the original."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +161,25 @@ def deploy_folder(
         masked = masked_onnx(opened.gated, images[:1])
         write_atomically(file.with_stem(f"{file.stem}-masked"), lambda temporary: temporary.write_bytes(masked))
         write_deployment(folder, deployed.plans, model=deployed.model, onnx=file)
-        return Deployment(deployed.plans, _agreement(deployed, opened.gated, others))
-    write_deployment(folder, deployed.meta["plans"], deployed.meta.get("engines"))
-    return Deployment(tuple(deployed.meta["plans"]), _agreement(deployed, opened.gated, others))
+        plans, batch, engines = deployed.plans, 1, {"onnxruntime"}
+    else:
+        write_deployment(folder, deployed.meta["plans"], deployed.meta.get("engines"))
+        plans, engines = tuple(deployed.meta["plans"]), {"torch, packed", "onnxruntime"}
+    taken = None if opened.original is None else _taken(deployed, opened.original, images, batch, engines)
+    return Deployment(plans, _agreement(deployed, opened.gated, others), taken)
+
+
+@torch.no_grad()
+def _taken(deployed: Run, original: nn.Module, images: Tensor, batch: int, engines: set[str]) -> Taken:
+    """Time it beside the fastest of some of the original's forms, on `images` in batches."""
+    batches = list(images.repeat(-(-batch // len(images)), 1, 1, 1).split(batch))[:ROUNDS]
+    runs: dict[Engine, Run] = {("", True): deployed}
+    makers = dense_engines(original, batches[0])
+    runs |= {(name, False): make() for name, make in makers.items() if name in engines}
+    medians = {key: statistics.median(taken) for key, taken in times(runs, batches, ROUNDS).items()}
+    own = medians.pop(("", True))
+    (engine, _), least = min(medians.items(), key=lambda item: item[1])
+    return Taken(batch, own, least, engine)
 
 
 @torch.no_grad()

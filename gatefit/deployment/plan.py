@@ -42,6 +42,19 @@ class Deployment:
     plans: tuple[BlockPlan, ...]
     agreement: float | None
     """Share of images that chose no channel which are answered as before; None: all of them, by construction."""
+    taken: "Taken | None"
+    """None: the folder does not hold the original to compare with."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Milliseconds for a batch on this machine, medians."""
+
+    batch: int
+    deployed: float
+    original: float
+    engine: str
+    """Of the original: the fastest of those that the deployment uses."""
 
 
 @dataclass(frozen=True)
