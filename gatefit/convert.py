@@ -343,6 +343,7 @@ def _train_baseline(
         augment=recipe.finetune.augment,
         flip=recipe.finetune.flip,
         precision=recipe.finetune.precision,
+        compile=recipe.finetune.compile,
     )
     train_dense(model, data.train, spec, settings, seed=recipe.seed, report=report, checkpoint=file, resume=resume)
 

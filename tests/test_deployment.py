@@ -295,6 +295,12 @@ def test_blocks_behind_each_other_run_in_one_call(threads, monkeypatch):
     with torch.no_grad(), running_on(threads):
         for images in (x, x[:1], torch.randn(3, 8, 5, 7)):
             assert same(deployed(images), gated(images))
+    gates_of(gated)["blocks.0"].block.weight.data.zero_()
+    gates_of(gated)["blocks.0"].block.bias.data.fill_(-1.0)
+    deployed = gathered_network(gated, plans, [x])  # the block that is gone parts none
+    assert [len(m.blocks) for m in deployed.modules() if isinstance(m, ChainBlocks)] == [3, 1]
+    with torch.no_grad():
+        assert same(deployed(x), gated(x))
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.deployment.branch import INPUTS, Place, cut
 from gatefit.deployment.plan import BlockPlan, never_runs
+from gatefit.deployment.prepack import activation_of
 from gatefit.fold import fold_in_place
 from gatefit.gates import Gate, gates_of
 
@@ -168,6 +169,7 @@ def assemble(
     root = nn.Module()
     holder = nn.Module()
     root.add_module(HOLDER, holder)
+    positive: set[fx.Node] = set()  # values behind a ReLU: another one changes nothing, and would part two blocks
     places = {place.add: (gate, plan, place) for gate, plan, place in _placed(gated, plans)}
     regions = frozenset[fx.Node]().union(*(place.region for _, _, place in places.values()))
     relus = {place.relu: place.add for _, _, place in places.values() if place.relu is not None}
@@ -180,14 +182,18 @@ def assemble(
             continue
         if node in relus:
             copied[node] = copied[relus[node]]
+            positive.add(copied[node])
             continue
         if node not in places:
             copied[node] = graph.node_copy(node, copied.__getitem__)
+            if activation_of(gated, node) == "relu":
+                positive.add(copied[node])
             continue
         gate, plan, place = places[node]
         if never_runs(gate):
             kept = copied[place.shortcut]
-            copied[node] = kept if place.relu is None else graph.call_function(torch.relu, (kept,))
+            done = place.relu is None or kept in positive
+            copied[node] = kept if done else graph.call_function(torch.relu, (kept,))
             continue
         name = plan.name.replace(".", "_")
         holder.add_module(name, make_block(gated, gate, place, plan))
