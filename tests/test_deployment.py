@@ -145,9 +145,20 @@ def macs(network):
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    "shape", [(6, 16, 24, 3), (5, 9, 11, 3), (7, 4, 4, 3), (13, 5, 8, 1), (8, 14, 14, 1), (6, 7, 7, 5)]
+    "shape",
+    [
+        (6, 16, 24, 3),
+        (5, 9, 11, 3),
+        (7, 4, 4, 3),
+        (13, 5, 8, 1),
+        (8, 14, 14, 1),
+        (6, 7, 7, 5),
+        (700, 7, 7, 1),
+        (9, 9, 9, 1),
+        (5, 7, 1, 3),
+    ],
 )
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2, 3])
 def test_a_gathered_convolution(shape, stride):
     """Of some rows and some columns, two images at once, with a shortcut; and with no column at all."""
     channels, height, width, size = shape
@@ -320,7 +331,7 @@ def test_kernels_called_from_several_threads_and_after_a_fork():
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+@pytest.mark.skipif(kernels() is None or sys.platform != "linux", reason="no C++ compiler, or OpenMP out of reach")
 def test_pytorch_runs_on_one_thread_between_blocks_and_kernels_on_all():
     gated = gated_network("basic")
     plans = {n: plan_block(gated, gates_of(gated)[n], s, 4) for n, s in observe(gated, [images(8)]).items()}

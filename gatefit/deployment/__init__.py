@@ -1,18 +1,20 @@
 """Gated networks made fast: what no image needs goes for good, what an image does not need is not run for it."""
 
+import statistics
 from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
+from gatefit.deployment.bench import times
 from gatefit.deployment.dynamic import assemble
 from gatefit.deployment.engines import OnnxNetwork, need_onnx, onnx_blocks, onnx_network, packed, torch_blocks
 from gatefit.deployment.native import kernels
 from gatefit.deployment.native_network import gathered_network
 from gatefit.deployment.plan import observe, plan_block
 from gatefit.deployment.stretches import ONNX, TORCH
-from gatefit.deployment.tune import milliseconds, tune
+from gatefit.deployment.tune import ROUNDS, tune
 from gatefit.errors import DeployError
 from gatefit.gates import gates_of
 
@@ -66,7 +68,8 @@ def deploy(
         raise DeployError(f"batch must be 1 or more, not {batch}")
     training = gated.training
     seen = observe(gated.eval(), images)
-    batches = _batches(torch.cat(images), 1 if backend == "onnx" else batch)
+    batch = 1 if backend == "onnx" else batch
+    batches = whole_batches(torch.cat(images), batch, max(1, TUNING_IMAGES // batch))
     if tuned:
         layout, build = (
             (torch.contiguous_format, onnx_blocks) if backend == "onnx" else (torch.channels_last, torch_blocks)
@@ -86,14 +89,16 @@ def deploy(
         engines = forms[-1].meta["engines"]
         if ONNX in engines:
             forms.append(gathered_network(gated, plans, batches, [TORCH] * len(engines)))
-    taken = milliseconds(forms, [(b,) for b in batches]) if len(forms) > 1 else [0.0]
-    chosen = forms[taken.index(min(taken))]
+    chosen = forms[0]
+    if len(forms) > 1:
+        taken = times({(str(i), True): form for i, form in enumerate(forms)}, batches, ROUNDS)
+        chosen = min(zip(map(statistics.median, taken.values()), range(len(forms)), forms, strict=True))[2]
     chosen.meta["plans"] = deployed.meta["plans"]
     return chosen
 
 
-def _batches(images: Tensor, batch: int) -> list[Tensor]:
-    """Some of the images in batches of one size; they are repeated where there are not enough."""
+def whole_batches(images: Tensor, batch: int, most: int) -> list[Tensor]:
+    """At most `most` batches of one size of `images`, (B, C, H, W); these are repeated where there are not enough."""
     if batch > len(images):
         images = images.repeat(-(-batch // len(images)), 1, 1, 1)
-    return list(images[: max(1, TUNING_IMAGES // batch) * batch].split(batch))
+    return list(images[: min(most, len(images) // batch) * batch].split(batch))

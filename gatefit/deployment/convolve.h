@@ -73,6 +73,14 @@ Lanes load(const float* p, int64_t low, int64_t high, int64_t stride) {
   const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride));
   return (Lanes)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes_of(low, high), places, p, 4);
 #else
+#ifdef __AVX2__
+  if (stride == 2) {
+    const __m256 a = (__m256)load(p, lanes_of(2 * low, 2 * high - 1));
+    const __m256 b = (__m256)load(p + LANES, lanes_of(2 * low - LANES, 2 * high - 1 - LANES));
+    const __m256i pairs = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
+    return (Lanes)_mm256_castsi256_ps(_mm256_permute4x64_epi64(pairs, 0xD8));
+  }
+#endif
   Lanes x = {};
   for (int64_t i = std::max<int64_t>(low, 0); i < std::min<int64_t>(high, LANES); ++i) x[i] = p[i * stride];
   return x;
@@ -120,7 +128,7 @@ struct Layout {
     for (int64_t py = 0; py < parts; ++py)
       for (int64_t px = 0; px < parts; ++px) {
         const int64_t low = (std::max<int64_t>(0, padding - px) + stride - 1) / stride;
-        const int64_t high = (width - 1 - px + padding) / stride + 1;
+        const int64_t high = (width - 1 - px + padding + stride) / stride;
         for (int64_t y = 0; y < lines; ++y, to += line) {
           const int64_t source = y * stride + py - padding;
           const bool inside = source >= 0 && source < height;
@@ -216,8 +224,8 @@ struct Share {
   int64_t end(int64_t count) const { return count * (me + 1) / all; }
 };
 
-// Call some(begin, end) for parts of [0, count), one for each thread; for all at once where they are no more values than
-// are worth sharing.
+// Call some(begin, end) for parts of [0, count), one for each thread; for all at once where there are too few values to
+// share.
 template <typename Some>
 void parts_of(int64_t count, int64_t values, int64_t threads, const Some& some) {
   if (values <= PARALLEL) threads = 1;
@@ -236,8 +244,8 @@ void each_of(int64_t count, int64_t values, int64_t threads, const One& one) {
 }
 
 // What a convolution is given: image (channels, height, width); weight (all, every, kernel, kernel), of which row
-// rows[i] gives output channel i and column columns[j] reads input channel j; bias (all,) or null; added, or null, and
-// out (count, out height, out width).
+// rows[i] gives output channel i and column columns[j], ascending, reads input channel j; bias (all,) or null; added, or
+// null, and out (count, out height, out width).
 struct Convolution {
   const float *image, *weight, *bias;
   const int64_t *rows, *columns;
@@ -410,12 +418,12 @@ struct DepthwiseConvolution {
 
   void run(int64_t threads) const {
     each_of(count, count * layout.pixels, threads, [&](int64_t c) {
-      switch (layout.kernel * 10 + layout.stride) {
-        case 31: return channel<3, 1>(c);
-        case 32: return channel<3, 2>(c);
-        case 51: return channel<5, 1>(c);
-        case 52: return channel<5, 2>(c);
-        case 71: return channel<7, 1>(c);
+      switch (layout.kernel * 100 + layout.stride) {
+        case 301: return channel<3, 1>(c);
+        case 302: return channel<3, 2>(c);
+        case 501: return channel<5, 1>(c);
+        case 502: return channel<5, 2>(c);
+        case 701: return channel<7, 1>(c);
         default: return any(c);
       }
     });
@@ -436,7 +444,7 @@ struct DepthwiseConvolution {
     const float* taps = weight + rows[c] * layout.taps;
     for (int64_t x = 0; x < layout.out_width; x += LANES) {
       Mask inside[K];
-      for (int dx = 0; dx < K; ++dx) inside[dx] = lanes_of(low(x, dx), high(x, dx));
+      for (int dx = 0; dx < K && S == 1; ++dx) inside[dx] = lanes_of(low(x, dx), high(x, dx));
       for (int64_t y = 0; y < layout.out_height; y += LINES) {
         Lanes sums[LINES];
         for (Lanes& sum : sums) sum = (bias ? bias[rows[c]] : 0.f) - Lanes{};

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from gatefit.deployment.branch import place_or_none
 from gatefit.deployment.dynamic import DynamicBlock, assemble
 from gatefit.deployment.gathered import with_gathered_convs
-from gatefit.deployment.native import kernels, threads
+from gatefit.deployment.native import kernels
 from gatefit.deployment.plan import BlockPlan
 from gatefit.deployment.prepack import prepack
 from gatefit.errors import DeployError
@@ -53,7 +53,7 @@ class Session:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads()
+        options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
         try:
@@ -165,7 +165,7 @@ def _in_openvino(network: nn.Module, images: Tensor) -> Run:
         warnings.simplefilter("ignore")
         model = openvino.convert_model(network, example_input=images)
     wishes = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    wishes["INFERENCE_NUM_THREADS"] = str(threads())
+    wishes["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
     request = openvino.Core().compile_model(model, "CPU", wishes).create_infer_request()
     return lambda x: torch.from_numpy(request.infer({0: x.contiguous().numpy()})[0].copy())
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.convert import Opened
 from gatefit.data import some_images
-from gatefit.deployment import Backend, deploy
+from gatefit.deployment import Backend, deploy, whole_batches
 from gatefit.deployment.bench import Engine, times
 from gatefit.deployment.branch import Place, place_or_none
 from gatefit.deployment.dynamic import assemble
@@ -164,18 +164,23 @@ def deploy_folder(
         plans, batch, engines = deployed.plans, 1, {"onnxruntime"}
     else:
         write_deployment(folder, deployed.meta["plans"], deployed.meta.get("engines"))
-        plans, engines = tuple(deployed.meta["plans"]), {"torch, packed", "onnxruntime"}
+        plans, engines = tuple(deployed.meta["plans"]), {"torch, packed", "torch, gathered", "onnxruntime"}
+    agreement = _agreement(deployed, opened.gated, others)
     taken = None if opened.original is None else _taken(deployed, opened.original, images, batch, engines)
-    return Deployment(plans, _agreement(deployed, opened.gated, others), taken)
+    return Deployment(plans, agreement, taken)
 
 
 @torch.no_grad()
-def _taken(deployed: Run, original: nn.Module, images: Tensor, batch: int, engines: set[str]) -> Taken:
-    """Time it beside the fastest of some of the original's forms, on `images` in batches."""
-    batches = list(images.repeat(-(-batch // len(images)), 1, 1, 1).split(batch))[:ROUNDS]
+def _taken(deployed: Run, original: nn.Module, images: Tensor, batch: int, engines: set[str]) -> Taken | None:
+    """Time it beside the original in the fastest of `engines`; None where that cannot be made: a deployment that is
+    written stands without."""
+    batches = whole_batches(images, batch, ROUNDS)
     runs: dict[Engine, Run] = {("", True): deployed}
-    makers = dense_engines(original, batches[0])
-    runs |= {(name, False): make() for name, make in makers.items() if name in engines}
+    try:
+        makers = dense_engines(original, batches[0])
+        runs |= {(name, False): make() for name, make in makers.items() if name in engines}
+    except Exception:
+        return None
     medians = {key: statistics.median(taken) for key, taken in times(runs, batches, ROUNDS).items()}
     own = medians.pop(("", True))
     (engine, _), least = min(medians.items(), key=lambda item: item[1])

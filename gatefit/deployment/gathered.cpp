@@ -21,7 +21,7 @@ struct Block {
   float lowest, highest;  // behind the sum
 };
 
-// bias + weight x for rows [begin, end) of a matrix (rows, count). Several at a time: they come from far.
+// bias + weight x for rows [begin, end) of a matrix (rows, count). Four at a time hide the wait for memory.
 void multiply_rows(const float* weight, const float* x, const float* bias, int64_t count, int64_t begin, int64_t end,
                    float* out) {
   for (int64_t r = begin; r < end; r += 4) {

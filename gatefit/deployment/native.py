@@ -67,12 +67,19 @@ def _build(compiler: str, file: Path) -> None:
         built.replace(file)
 
 
-_here = threading.local()
+class _Here(threading.local):
+    """Of each of the caller's threads."""
+
+    threads = 0
+    """What PyTorch had before `torch_alone`; 0: it is not alone."""
+
+
+_here = _Here()
 
 
 def threads() -> int:
-    """How many threads the kernels may use: as many as PyTorch, but for `torch_alone`."""
-    return getattr(_here, "threads", 0) or torch.get_num_threads()
+    """How many threads the kernels may use: as many as PyTorch has, or had before `torch_alone`."""
+    return _here.threads or torch.get_num_threads()
 
 
 @contextmanager
@@ -80,34 +87,35 @@ def torch_alone() -> Iterator[None]:
     """Meanwhile PyTorch runs on the caller's thread, the kernels on all.
 
     OpenMP's threads spin for milliseconds after their work, on processors that the kernels' threads need by then.
+    Their number is set for the calling thread alone, unlike by `torch.set_num_threads`, which also sets it for threads
+    that start later.
     """
-    before = threads()
-    outer, _here.threads = getattr(_here, "threads", 0), before
-    _set_openmp_threads(1)
+    set_openmp, set_mkl = _setters()
+    if set_openmp is None or _here.threads:
+        yield
+        return
+    _here.threads = torch.get_num_threads()
+    set_openmp(1)
+    before = None if set_mkl is None else set_mkl(1)
     try:
         yield
     finally:
-        _here.threads = outer
-        _set_openmp_threads(1 if outer else before)
-
-
-def _set_openmp_threads(count: int) -> None:
-    """For the calling thread alone, unlike `torch.set_num_threads`, from which others that begin now would take it."""
-    function = _openmp()
-    if function is not None:
-        function(count)
+        set_openmp(_here.threads)
+        if set_mkl is not None:
+            set_mkl(before)
+        _here.threads = 0
 
 
 @functools.cache
-def _openmp() -> Callable[[int], None] | None:
-    """Of the library that PyTorch has loaded."""
-    try:
-        function = ctypes.CDLL(None).omp_set_num_threads
-    except (AttributeError, OSError, TypeError):
-        return None
-    function.restype = None
-    found: Callable[[int], None] = function
-    return found
+def _setters() -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
+    """Of the libraries that PyTorch has loaded: OpenMP's, and MKL's, which returns what was set before."""
+    found = []
+    for file, name in ((None, "omp_set_num_threads"), (torch._C.__file__, "MKL_Set_Num_Threads_Local")):
+        try:
+            found.append(getattr(ctypes.CDLL(file), name))
+        except (AttributeError, OSError, TypeError):
+            found.append(None)
+    return found[0], found[1]
 
 
 def processor(what: str) -> str:

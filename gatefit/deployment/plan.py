@@ -43,7 +43,7 @@ class Deployment:
     agreement: float | None
     """Share of images that chose no channel which are answered as before; None: all of them, by construction."""
     taken: "Taken | None"
-    """None: the folder does not hold the original to compare with."""
+    """None: there is no original to compare with, or it cannot be made to run in the deployment's engines."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Taken:
     deployed: float
     original: float
     engine: str
-    """Of the original: the fastest of those that the deployment uses."""
+    """Of the original: the fastest of those that a deployment of this backend is made of."""
 
 
 @dataclass(frozen=True)

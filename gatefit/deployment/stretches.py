@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
+from torch.nn.modules.conv import _ConvNd
 
 from gatefit.deployment.dynamic import HOLDER
 from gatefit.deployment.engines import Session, has_onnx, need_onnx
@@ -21,7 +23,7 @@ TORCH, ONNX = "torch", "onnxruntime"
 
 
 class TorchStretch(nn.Module):
-    """A stretch in PyTorch, its convolutions by gatefit's own kernels.
+    """A stretch in PyTorch, its convolutions by gatefit's own kernels; what they leave of it runs on one thread.
 
     Args:
         stretch: changed.
@@ -30,10 +32,12 @@ class TorchStretch(nn.Module):
     def __init__(self, stretch: fx.GraphModule) -> None:
         super().__init__()
         self.stretch = with_gathered_convs(stretch)
+        self.heavy = any(isinstance(m, _ConvNd) for m in stretch.modules())
+        """Whether PyTorch has convolutions left to run: all threads for these."""
 
     def forward(self, *inputs: Tensor) -> Any:
         """As the stretch."""
-        with torch_alone():
+        with nullcontext() if self.heavy else torch_alone():
             return self.stretch(*inputs)
 
 
