@@ -91,8 +91,8 @@ def deploy(
             forms.append(gathered_network(gated, plans, batches, [TORCH] * len(engines)))
     chosen = forms[0]
     if len(forms) > 1:
-        taken = times({(str(i), True): form for i, form in enumerate(forms)}, batches, ROUNDS)
-        chosen = min(zip(map(statistics.median, taken.values()), range(len(forms)), forms, strict=True))[2]
+        taken = times(dict(enumerate(forms)), batches, ROUNDS)
+        chosen = forms[min(taken, key=lambda i: statistics.median(taken[i]))]
     chosen.meta["plans"] = deployed.meta["plans"]
     return chosen
 

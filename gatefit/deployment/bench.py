@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,8 +21,7 @@ PAUSE = 0.1
 COMPARED = 8
 """Batches whose outputs are compared."""
 
-Engine = tuple[str, bool]
-"""Its name, and whether it runs the deployed network."""
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,10 @@ def bench(
         Every engine; and each dynamic one beside the fastest dense one.
     """
     batches = [b.contiguous() for b in images.split(batch) if len(b) == batch]
+    # By name, and whether it runs the deployed network.
     makers = {(name, False): make for name, make in dense_engines(original, batches[0]).items()}
     makers |= {(name, True): make for name, make in deployed.items()}
-    engines, peaks = dict[Engine, Run](), dict[Engine, float | None]()
+    engines, peaks = dict[tuple[str, bool], Run](), dict[tuple[str, bool], float | None]()
     for key, make in makers.items():
         engines[key], held = held_by(make)
         more = peak_of(lambda: engines[key](batches[0]))  # noqa: B023
@@ -125,12 +126,12 @@ def _gates_ms(gated: fx.GraphModule, batch: Tensor) -> float:
     return milliseconds([lambda: [gate(x) for gate, x in given]], [()])[0]
 
 
-def times(engines: dict[Engine, Run], batches: list[Tensor], rounds: int) -> dict[Engine, list[float]]:
+def times(engines: dict[Key, Run], batches: list[Tensor], rounds: int) -> dict[Key, list[float]]:
     """Milliseconds of each engine in each round; see `bench`."""
     for run in engines.values():
         for batch in batches[:WARM_UP]:
             run(batch)
-    found: dict[Engine, list[float]] = {key: [] for key in engines}
+    found: dict[Key, list[float]] = {key: [] for key in engines}
     for i in range(rounds):
         batch = batches[i % len(batches)]
         for key, run in engines.items():

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from gatefit.convert import Opened
 from gatefit.data import some_images
 from gatefit.deployment import Backend, deploy, whole_batches
-from gatefit.deployment.bench import Engine, times
+from gatefit.deployment.bench import times
 from gatefit.deployment.branch import Place, place_or_none
 from gatefit.deployment.dynamic import assemble
 from gatefit.deployment.engines import OnnxNetwork, Run, dense_engines, masked_onnx, need_onnx, packed
@@ -175,16 +175,15 @@ def _taken(deployed: Run, original: nn.Module, images: Tensor, batch: int, engin
     """Time it beside the original in the fastest of `engines`; None where that cannot be made: a deployment that is
     written stands without."""
     batches = whole_batches(images, batch, ROUNDS)
-    runs: dict[Engine, Run] = {("", True): deployed}
     try:
         makers = dense_engines(original, batches[0])
-        runs |= {(name, False): make() for name, make in makers.items() if name in engines}
+        originals = {name: make() for name, make in makers.items() if name in engines}
     except Exception:
         return None
-    medians = {key: statistics.median(taken) for key, taken in times(runs, batches, ROUNDS).items()}
-    own = medians.pop(("", True))
-    (engine, _), least = min(medians.items(), key=lambda item: item[1])
-    return Taken(batch, own, least, engine)
+    measured = times({"deployed": deployed, **originals}, batches, ROUNDS)
+    medians = {name: statistics.median(taken) for name, taken in measured.items()}
+    engine = min(originals, key=lambda name: medians[name])
+    return Taken(batch, medians["deployed"], medians[engine], engine)
 
 
 @torch.no_grad()
