@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError
 from gatefit.fold import fold_batch_norms
-from gatefit.gates import PREFIX, gates_of
+from gatefit.gates import PREFIX, gates_of, harden, mean_of_units, scale
 from gatefit.recipe import FinetunePart
 
 COMPARED = 9
@@ -38,9 +38,12 @@ class Objective(nn.Module):
         self.settings = settings
         self.weight = 0.0 if teacher is None else settings.distillation if labelled else 1.0
 
-    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, a scalar, and the predictions, (B, classes), for images (B, C, H, W) and labels (B,)."""
-        logits, outputs = self.student(x)
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Loss, a scalar, predictions, (B, classes), and what units do, for images (B, C, H, W) and labels (B,).
+
+        What units do: the mean absolute activation of each, (B, units), open or closed, by name of the gate's module.
+        """
+        logits, outputs, activations = self.student(x)
         loss = logits.new_zeros((), dtype=torch.float32)
         if self.weight < 1:
             loss = loss + (1 - self.weight) * F.cross_entropy(logits.float(), labels)
@@ -50,7 +53,7 @@ class Objective(nn.Module):
             loss = loss + self.weight * distillation(logits.float(), wanted.float(), self.settings.temperature)
             if wanted_outputs:
                 loss = loss + self.settings.features * feature_distance(outputs, wanted_outputs)
-        return loss, logits
+        return loss, logits, activations
 
 
 class Teacher(nn.Module):
@@ -83,7 +86,7 @@ class Teacher(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Predictions, (B, classes), and the outputs of `blocks`, (B, ...) each."""
-        logits, outputs = self.network(x)
+        logits, outputs, _ = self.network(x)
         return logits, outputs
 
 
@@ -92,19 +95,28 @@ class _PredictionsOnly(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.network(x), ()
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor]]:
+        return self.network(x), (), {}
 
 
 def with_outputs_of(network: nn.Module, blocks: tuple[str, ...]) -> nn.Module:
-    """A network that shares the modules of `network` and returns its result and the values of some nodes."""
+    """A network with the modules of `network` that returns its result, the values of some nodes, and what units do.
+
+    See `Objective.forward` for the last.
+    """
     if not isinstance(network, fx.GraphModule):
         return _PredictionsOnly(network)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(network.graph, copied)
     by_name = {node.name: new for node, new in copied.items()}
-    graph.output((result, tuple(by_name[name] for name in blocks)))
+    activations = {}
+    for node in [n for n in graph.nodes if n.target is scale and _gate_and_kind(n)[1] == 1]:
+        with graph.inserting_after(node):
+            size = graph.call_function(torch.abs, (node.args[0],))
+        with graph.inserting_after(size):
+            activations[_gate_and_kind(node)[0]] = graph.call_function(mean_of_units, (size, *node.args[2:]))
+    graph.output((result, tuple(by_name[name] for name in blocks), activations))
     return fx.GraphModule(network, graph)
 
 
@@ -124,6 +136,15 @@ def feature_distance(outputs: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) ->
         variance = goal.square().mean(axes) - goal.mean(axes).square()
         errors.append((mine.float() - goal).square().mean(axes) / (variance + 1e-6))
     return torch.stack(errors).mean()
+
+
+def _gate_and_kind(scaled: fx.Node) -> tuple[str, int]:
+    """The module whose salience a `scale` multiplies by, and which: 0 the block's, 1 its units', -1 hard."""
+    salience = scaled.args[1]
+    assert isinstance(salience, fx.Node)
+    source, kind = salience.args if salience.target is not harden else (salience, -1)
+    assert isinstance(source, fx.Node) and isinstance(kind, int)
+    return str(source.target), kind
 
 
 def _is_original(original: nn.Module, gated: nn.Module) -> bool:
