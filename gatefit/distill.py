@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError
 from gatefit.fold import fold_batch_norms
-from gatefit.gates import PREFIX, gates_of, harden, mean_of_units, scale
+from gatefit.gates import PREFIX, Gate, gates_of, harden, mean_of_units, scale
+from gatefit.graph import module_of
 from gatefit.recipe import FinetunePart
 
 COMPARED = 9
@@ -41,7 +42,7 @@ class Objective(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss, a scalar, predictions, (B, classes), and what units do, for images (B, C, H, W) and labels (B,).
 
-        What units do: the mean absolute activation of each, (B, units), open or closed, by name of the gate's module.
+        What units do: the mean absolute activation of each, (B, units), open or closed, by block name.
         """
         logits, outputs, activations = self.student(x)
         loss = logits.new_zeros((), dtype=torch.float32)
@@ -111,11 +112,13 @@ def with_outputs_of(network: nn.Module, blocks: tuple[str, ...]) -> nn.Module:
     result = graph.graph_copy(network.graph, copied)
     by_name = {node.name: new for node, new in copied.items()}
     activations = {}
-    for node in [n for n in graph.nodes if n.target is scale and _gate_and_kind(n)[1] == 1]:
-        with graph.inserting_after(node):
-            size = graph.call_function(torch.abs, (node.args[0],))
-        with graph.inserting_after(size):
-            activations[_gate_and_kind(node)[0]] = graph.call_function(mean_of_units, (size, *node.args[2:]))
+    for node in [n for n in graph.nodes if n.target is scale]:
+        name = _scaled_units_of(network, node)
+        if name is not None:
+            with graph.inserting_after(node):
+                size = graph.call_function(torch.abs, (node.args[0],))
+            with graph.inserting_after(size):
+                activations[name] = graph.call_function(mean_of_units, (size, *node.args[2:]))
     graph.output((result, tuple(by_name[name] for name in blocks), activations))
     return fx.GraphModule(network, graph)
 
@@ -138,13 +141,15 @@ def feature_distance(outputs: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) ->
     return torch.stack(errors).mean()
 
 
-def _gate_and_kind(scaled: fx.Node) -> tuple[str, int]:
-    """The module whose salience a `scale` multiplies by, and which: 0 the block's, 1 its units', -1 hard."""
+def _scaled_units_of(network: fx.GraphModule, scaled: fx.Node) -> str | None:
+    """The block whose units a `scale` multiplies first; None: it multiplies a whole branch, or units once more."""
     salience = scaled.args[1]
     assert isinstance(salience, fx.Node)
-    source, kind = salience.args if salience.target is not harden else (salience, -1)
-    assert isinstance(source, fx.Node) and isinstance(kind, int)
-    return str(source.target), kind
+    if salience.target is harden or salience.args[1] != 1:
+        return None
+    gate = module_of(network, salience.all_input_nodes[0])
+    assert isinstance(gate, Gate)
+    return gate.of.name
 
 
 def _is_original(original: nn.Module, gated: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from gatefit.cost import costs_of, macs_per_image, opens_of
 from gatefit.data import ImageSet, Source, as_images, normalise
 from gatefit.errors import RecipeError
 from gatefit.follow import Follower
-from gatefit.gates import Gate, gates_of
+from gatefit.gates import gates_of
 from gatefit.models import InputSpec, output_count
 from gatefit.penalty import salience_penalty
 from gatefit.recipe import FinetunePart
@@ -194,10 +194,9 @@ class GateClosing:
         return s.l1 * salience_penalty(self.gated, s.penalty) if s.l1 else None
 
     def note(self, activations: dict[str, Tensor]) -> None:
-        """Take in what the units did in the last forward, by name of the gate's module."""
+        """Take in what the units did in the last forward, by block name."""
         if self.follower is not None:
-            names = {m: gate.of.name for m, gate in self.gated.named_modules() if isinstance(gate, Gate)}
-            self.follower.note({names[module]: given for module, given in activations.items()})
+            self.follower.note(activations)
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint."""
