@@ -54,12 +54,13 @@ class Follower:
             assert gate.channel is not None
             units, features = gate.channel.weight.shape
             bias = gate.channel.bias.detach().clone()
-            empty = bias.new_zeros(features + 1, features + 1 + units, dtype=torch.float64)
-            moments = empty[:, : features + 1], empty[:, features + 1 :], bias.new_zeros(())
-            if name in self.followed:
-                before = self.followed[name]
-                moments = before.gram, before.cross, before.images
-            self.followed[name] = _Followed(start.scales[name], *start.hardness[name], bias, *moments)
+            stays = start.scales[name], *start.hardness[name], bias
+            before = self.followed.get(name)
+            if before is not None:
+                self.followed[name] = _Followed(*stays, before.gram, before.cross, before.images)
+            else:
+                gram, cross = (bias.new_zeros(features + 1, n, dtype=torch.float64) for n in (features + 1, units))
+                self.followed[name] = _Followed(*stays, gram, cross, bias.new_zeros(()))
 
     @torch.no_grad()
     def note(self, activations: dict[str, Tensor]) -> None:

@@ -84,7 +84,7 @@ class _Probe(fx.Interpreter):
 
 @dataclass(frozen=True)
 class Start:
-    """What gates were set from, by block name; of channel gates."""
+    """What gates were set from; for channel gates by block name."""
 
     factor: float
     """k, between scores and pre-activations."""
@@ -157,9 +157,11 @@ def start_from_data(
             else:
                 rise = torch.cat([r[2][kind] for r in rows[name]]).double().square().mean(0)  # type: ignore[misc]
             fisher = (rise / activation.square().mean(0).clamp_min(1e-12)).sqrt()
-            scales[name] = fisher / weights[name][kind] ** 0.5
-            weight, bias = _ridge(pooled, activation * scales[name])
+            worth = fisher / weights[name][kind] ** 0.5
+            weight, bias = _ridge(pooled, activation * worth)
             fits.append((fc, (weight, bias), hard))
+            if kind == 1:
+                scales[name] = worth
             if kind == 1 or gate.channel is None:
                 spread.append((pooled @ weight.T + bias).flatten())
     k = SPREAD / float(torch.cat(spread).std().clamp_min(1e-12))
