@@ -61,7 +61,7 @@ def threshold_for(gated: nn.Module, costs: Costs, target: float, keep: float = 0
 
 
 def price_threshold(l1: float, factor: float) -> float:
-    """Threshold on the pre-activations for an L1 coefficient; `factor` is of `gatefit.start.Start`."""
+    """Threshold on the pre-activations for an L1 coefficient; `factor` is what `start_from_data` returned."""
     return factor * math.sqrt(2 * l1)
 
 

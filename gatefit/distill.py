@@ -13,8 +13,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError
 from gatefit.fold import fold_batch_norms
-from gatefit.gates import PREFIX, Gate, gates_of, harden, mean_of_units, scale
-from gatefit.graph import module_of
+from gatefit.gates import PREFIX, gates_of
 from gatefit.recipe import FinetunePart
 
 COMPARED = 9
@@ -39,12 +38,9 @@ class Objective(nn.Module):
         self.settings = settings
         self.weight = 0.0 if teacher is None else settings.distillation if labelled else 1.0
 
-    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss, a scalar, predictions, (B, classes), and what units do, for images (B, C, H, W) and labels (B,).
-
-        What units do: the mean absolute activation of each, (B, units), open or closed, by block name.
-        """
-        logits, outputs, activations = self.student(x)
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, a scalar, and the predictions, (B, classes), for images (B, C, H, W) and labels (B,)."""
+        logits, outputs = self.student(x)
         loss = logits.new_zeros((), dtype=torch.float32)
         if self.weight < 1:
             loss = loss + (1 - self.weight) * F.cross_entropy(logits.float(), labels)
@@ -54,7 +50,7 @@ class Objective(nn.Module):
             loss = loss + self.weight * distillation(logits.float(), wanted.float(), self.settings.temperature)
             if wanted_outputs:
                 loss = loss + self.settings.features * feature_distance(outputs, wanted_outputs)
-        return loss, logits, activations
+        return loss, logits
 
 
 class Teacher(nn.Module):
@@ -87,7 +83,7 @@ class Teacher(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Predictions, (B, classes), and the outputs of `blocks`, (B, ...) each."""
-        logits, outputs, _ = self.network(x)
+        logits, outputs = self.network(x)
         return logits, outputs
 
 
@@ -96,30 +92,19 @@ class _PredictionsOnly(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor]]:
-        return self.network(x), (), {}
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.network(x), ()
 
 
 def with_outputs_of(network: nn.Module, blocks: tuple[str, ...]) -> nn.Module:
-    """A network with the modules of `network` that returns its result, the values of some nodes, and what units do.
-
-    See `Objective.forward` for the last.
-    """
+    """A network that shares the modules of `network` and returns its result and the values of some nodes."""
     if not isinstance(network, fx.GraphModule):
         return _PredictionsOnly(network)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(network.graph, copied)
     by_name = {node.name: new for node, new in copied.items()}
-    activations = {}
-    for node in [n for n in graph.nodes if n.target is scale]:
-        name = _scaled_units_of(network, node)
-        if name is not None:
-            with graph.inserting_after(node):
-                size = graph.call_function(torch.abs, (node.args[0],))
-            with graph.inserting_after(size):
-                activations[name] = graph.call_function(mean_of_units, (size, *node.args[2:]))
-    graph.output((result, tuple(by_name[name] for name in blocks), activations))
+    graph.output((result, tuple(by_name[name] for name in blocks)))
     return fx.GraphModule(network, graph)
 
 
@@ -139,17 +124,6 @@ def feature_distance(outputs: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) ->
         variance = goal.square().mean(axes) - goal.mean(axes).square()
         errors.append((mine.float() - goal).square().mean(axes) / (variance + 1e-6))
     return torch.stack(errors).mean()
-
-
-def _scaled_units_of(network: fx.GraphModule, scaled: fx.Node) -> str | None:
-    """The block whose units a `scale` multiplies first; None: it multiplies a whole branch, or units once more."""
-    salience = scaled.args[1]
-    assert isinstance(salience, fx.Node)
-    if salience.target is harden or salience.args[1] != 1:
-        return None
-    gate = module_of(network, salience.all_input_nodes[0])
-    assert isinstance(gate, Gate)
-    return gate.of.name
 
 
 def _is_original(original: nn.Module, gated: nn.Module) -> bool:

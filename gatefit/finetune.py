@@ -11,7 +11,6 @@ from gatefit.control import GAIN, lower, price_threshold, smallest_share, thresh
 from gatefit.cost import costs_of, macs_per_image, opens_of
 from gatefit.data import ImageSet, Source, as_images, normalise
 from gatefit.errors import RecipeError
-from gatefit.follow import Follower
 from gatefit.gates import gates_of
 from gatefit.models import InputSpec, output_count
 from gatefit.penalty import salience_penalty
@@ -26,8 +25,6 @@ MEETING_ROUNDS = 3
 SETTLING_BATCH = 100
 RENEWING = 2 / 3
 """Part of the training in which gates are set anew; the rest of it is for what reads them."""
-FOLLOWING, FOLLOWING_EVERY = 0.9, 10
-"""Part of the training in which gates that are set anew also follow what their units do, and how many steps apart."""
 PAPERS_GATE_LR = 1e-5
 SCRATCH_RAMP = 0.2
 """Of a network without an original to keep to: what its units do is not known before it has learnt."""
@@ -146,7 +143,6 @@ class GateClosing:
         # Gates that learn keep what they have learnt, and a salience between 0 and 1 what reads it is used to.
         hard = all(gate.form == "step" for gate in gates_of(gated).values())
         self.renewals = settings.renew if start == "data" and hard and not settings.gate_lr else 0
-        self.follower = Follower(gated) if self.renewals else None
         self.costs = costs_of(gated, gated.meta["input"].shape)
         if settings.l1 is None and settings.target is None:
             raise RecipeError("give --l1 X or --target SHARE: without either no gate would close")
@@ -166,7 +162,7 @@ class GateClosing:
         s = self.settings
         if self.start != "data":
             return
-        self._start(self.seed, "start")
+        self.factor = start_from_data(self.gated, self.images, seed=self.seed, tick=self._ticking("start"))
         if self.ramp:
             return
         self.gated.eval()
@@ -174,12 +170,6 @@ class GateClosing:
         if s.refit:
             refit(self.gated, self._some(min(s.refit, images_that_fit(self.gated))), self._ticking("refit"))
             self._meet()
-
-    def _start(self, seed: int, stage: str) -> None:
-        start = start_from_data(self.gated, self.images, seed=seed, tick=self._ticking(stage))
-        self.factor = start.factor
-        if self.follower is not None:
-            self.follower.begin(start)
 
     def _ticking(self, stage: str) -> Tick:
         return lambda step, steps: self.report(Progress(stage, step, steps))
@@ -193,27 +183,9 @@ class GateClosing:
         s = self.settings
         return s.l1 * salience_penalty(self.gated, s.penalty) if s.l1 else None
 
-    def note(self, activations: dict[str, Tensor]) -> None:
-        """Take in what the units did in the last forward, by block name."""
-        if self.follower is not None:
-            self.follower.note(activations)
-
-    def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
-        followed = self.follower.state() if self.follower is not None else {}
-        return {"factor": torch.tensor(self.factor, dtype=torch.float64), **followed}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
-        self.factor = float(state["factor"])
-        if self.follower is not None:
-            self.follower.restore(state)
-
     def step(self, step: int, steps: int, average: Callable[[float], float]) -> None:
-        """Move the gates, then the threshold: towards the ramp of the target, or along the ramp of the price."""
+        """Move the threshold: towards the ramp of the target, or along the ramp of the price."""
         s = self.settings
-        if self.follower is not None and (step + 1) % FOLLOWING_EVERY == 0 and step < FOLLOWING * steps:
-            self.follower.apply()
         before, now = (min(1.0, t / steps / self.ramp) if self.ramp else 1.0 for t in (step, step + 1))
         if s.target is not None:
             wanted = 1 - (1 - s.target) * now
@@ -229,7 +201,7 @@ class GateClosing:
     def _renew(self, seed: int, ramped: float) -> None:
         """Set the gates' weights anew, from what their units do for the network as it is by now."""
         s = self.settings
-        self._start(seed, "renew")
+        self.factor = start_from_data(self.gated, self.images, seed=seed, tick=self._ticking("renew"))
         self._meet(price_threshold((s.l1 or 0.0) * ramped**2, self.factor), ramped)
         self.gated.train()
 

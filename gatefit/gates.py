@@ -43,8 +43,6 @@ class GateOutputs:
     """Pre-activation of the block gate, (B, 1), float."""
     channel: Tensor | None
     """Pre-activations of the channel gate, (B, units), float."""
-    pooled: Tensor
-    """What both read, (B, features); without gradient."""
 
 
 class Gate(nn.Module):
@@ -100,7 +98,7 @@ class Gate(nn.Module):
         pooled = self.pool(x.detach() if self.form == "step" else x)
         block = None if self.block is None else _linear(self.block, pooled)
         channel = None if self.channel is None else _linear(self.channel, pooled)
-        self.outputs = GateOutputs(block, channel, pooled.detach())
+        self.outputs = GateOutputs(block, channel)
         whole = None if block is None else self.salience(block)
         if channel is None:
             return whole, None, None
@@ -165,14 +163,6 @@ def scale(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tens
     shape = [value.shape[0]] + [1] * (value.dim() - 1)
     shape[axis] = salience.shape[1]
     return value * salience.view(shape).to(value.dtype)
-
-
-def mean_of_units(value: Tensor, axis: int, per_unit: int = 1) -> Tensor:
-    """Mean over all positions of what `scale` multiplies, without gradient: (B, units), float."""
-    value = value.detach().movedim(axis, 1).float()
-    channels = value.flatten(2).mean(2) if value.dim() > 2 else value
-    units: Tensor = channels.unflatten(1, (-1, per_unit)).mean(2)
-    return units
 
 
 def harden(salience: Tensor) -> Tensor:

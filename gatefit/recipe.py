@@ -101,8 +101,7 @@ class FinetunePart:
     0: none. Fewer are used where they do not fit into memory. Only without a ramp."""
     renew: int = 4
     """How often step gates that do not learn are set anew from data, in the first two thirds of the training: what
-    their units do for a network changes as it learns to do without some (see `gatefit.start`). In between they follow
-    what their units do (see `gatefit.follow`). 0: they stay as they began, but for the threshold."""
+    their units do for a network changes as it learns to do without some (see `gatefit.start`)."""
     ramp: float | None = None
     """Part of the training in which target or price go from open to their final value; 0: they begin there. Not
     set: 0 with an original to keep to, 0.2 without."""

@@ -13,14 +13,13 @@ units can be set anew from what the others do for it now.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from gatefit.data import ImageSet, normalise
 from gatefit.errors import TrainingError
-from gatefit.gates import Gate, gates_of, harden, mean_of_units, scale
+from gatefit.gates import Gate, gates_of, harden, scale
 from gatefit.penalty import unit_weights
 from gatefit.training import loader
 
@@ -63,12 +62,10 @@ class _Probe(fx.Interpreter):
             gate = self.fetch_attr(str(source.args[0].target))
             kind = source.args[1]
             assert isinstance(kind, int)
-            value, _, *layout = args
+            value, salience, axis, *rest = args
+            self.activations[gate.of.name][kind] = _mean(value.detach().abs(), salience, axis, *rest)
             if kind == 1:
-                self.activations[gate.of.name][kind] = mean_of_units(value.abs(), *layout)
-                self.means[gate.of.name] = mean_of_units(value, *layout)
-            else:
-                self.activations[gate.of.name][kind] = value.detach().abs().flatten(1).mean(1, keepdim=True)
+                self.means[gate.of.name] = _mean(value.detach(), salience, axis, *rest)
         return super().run_node(n)
 
     def _probe(self, gate: Gate, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -82,16 +79,13 @@ class _Probe(fx.Interpreter):
         return given[0], given[1], fill
 
 
-@dataclass(frozen=True)
-class Start:
-    """What gates were set from; for channel gates by block name."""
-
-    factor: float
-    """k, between scores and pre-activations."""
-    scales: dict[str, Tensor]
-    """Pre-activation for each mean activation of a unit, (units,) float64."""
-    hardness: dict[str, tuple[Tensor, Tensor]]
-    """Weight, (1, features), and bias, (1,), of what is added for the guess at the hardness; float64."""
+def _mean(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tensor:
+    """Mean of each image and unit over positions: (B, units)."""
+    if salience.shape[1] == 1 and value.shape[axis] != per_unit:
+        return value.flatten(1).mean(1, keepdim=True)
+    value = value.movedim(axis, 1).flatten(2) if value.dim() > 2 else value.unsqueeze(2)
+    units: Tensor = value.mean(2).unflatten(1, (-1, per_unit)).mean(2)
+    return units
 
 
 def start_from_data(
@@ -101,11 +95,14 @@ def start_from_data(
     batch: int = 50,
     seed: int = 0,
     tick: Tick = lambda done, of: None,
-) -> Start:
+) -> float:
     """Set the gates' weights from `count` images, no labels needed; the threshold goes back to 0, where they are open.
 
     Gates that are closed stay so while it measures. Labels are drawn from the network's own predictions, so that the
     Fisher information is the true one.
+
+    Returns:
+        k, the factor between scores and pre-activations.
 
     Raises:
         TrainingError: the network's outputs are not finite.
@@ -139,15 +136,13 @@ def start_from_data(
         tick(done, len(batches))
     hardness = torch.cat(entropies)
     hardness = (hardness - hardness.mean()) / hardness.std(correction=0).clamp_min(1e-12)
-    scales: dict[str, Tensor] = {}
-    hardnesses: dict[str, tuple[Tensor, Tensor]] = {}
     fits: list[tuple[nn.Linear, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
     spread: list[Tensor] = []
     weights = unit_weights(gated)
     damage = _block_damage(gated, images, chosen[: count // 16], batch)
     for name, gate in gates_of(gated).items():
         pooled = torch.cat([r[0] for r in rows[name]]).double()
-        hard = hardnesses[name] = _guess(pooled, hardness[:, None])
+        hard = _guess(pooled, hardness[:, None])
         for kind, fc in enumerate((gate.block, gate.channel)):
             if fc is None:
                 continue
@@ -157,11 +152,9 @@ def start_from_data(
             else:
                 rise = torch.cat([r[2][kind] for r in rows[name]]).double().square().mean(0)  # type: ignore[misc]
             fisher = (rise / activation.square().mean(0).clamp_min(1e-12)).sqrt()
-            worth = fisher / weights[name][kind] ** 0.5
-            weight, bias = _ridge(pooled, activation * worth)
+            wanted = activation * fisher / weights[name][kind] ** 0.5
+            weight, bias = _ridge(pooled, wanted)
             fits.append((fc, (weight, bias), hard))
-            if kind == 1:
-                scales[name] = worth
             if kind == 1 or gate.channel is None:
                 spread.append((pooled @ weight.T + bias).flatten())
     k = SPREAD / float(torch.cat(spread).std().clamp_min(1e-12))
@@ -175,11 +168,7 @@ def start_from_data(
                 gate.lowered.zero_()
                 _start_fill(gated, gate, gate.predicted(gate.channel(pooled)), torch.cat(means[name]))
     gated.train(was_training)
-    return Start(
-        k,
-        {name: k * scale for name, scale in scales.items()},
-        {name: (EMPHASIS * weight, EMPHASIS * bias) for name, (weight, bias) in hardnesses.items()},
-    )
+    return k
 
 
 def _start_fill(gated: fx.GraphModule, gate: Gate, predicted: Tensor, mean: Tensor) -> None:
@@ -244,22 +233,9 @@ def _guess(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ridge(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Least squares with a small ridge: weight (units, features) and bias (units,)."""
-    inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-    return ridge_from_moments(inputs.T @ inputs / len(inputs), inputs.T @ wanted / len(inputs))
-
-
-def ridge_from_moments(gram: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
-    """Least squares from mean products of the inputs, and a last one that is 1, with each other and with the goals.
-
-    Args:
-        gram: (features + 1, features + 1).
-        cross: (features + 1, units).
-
-    Returns:
-        Weight, (units, features), and bias, (units,).
-    """
-    middle, goal = gram[-1, :-1], cross[-1]
-    covariance = gram[:-1, :-1] - middle[:, None] * middle
-    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + 1e-12)
-    weight = torch.linalg.solve(covariance, cross[:-1] - middle[:, None] * goal).T
+    middle, goal = inputs.mean(0), wanted.mean(0)
+    centred = inputs - middle
+    gram = centred.T @ centred
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean() + 1e-12)
+    weight = torch.linalg.solve(gram, centred.T @ (wanted - goal)).T
     return weight, goal - weight @ middle

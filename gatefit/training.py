@@ -60,6 +60,9 @@ Report = Callable[[Progress], None]
 class Closing(Protocol):
     """What closes gates while a network trains (see `gatefit.control`)."""
 
+    factor: float
+    """Kept in checkpoints."""
+
     def begin(self) -> None:
         """Before the first step of a fresh training."""
 
@@ -68,15 +71,6 @@ class Closing(Protocol):
 
     def penalty(self) -> Tensor | None:
         """Term of the loss for the last forward."""
-
-    def note(self, activations: dict[str, Tensor]) -> None:
-        """After each forward: what the units did in it (see `Objective.forward`)."""
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it."""
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint."""
 
     def step(self, step: int, steps: int, average: Callable[[float], float]) -> None:
         """After optimiser step `step` of `steps`; `average` is over processes."""
@@ -87,6 +81,7 @@ class _State:
     """What a checkpoint holds beside tensors."""
 
     step: int = 0
+    factor: float = 1.0
     history: list[dict[str, Any]] = field(default_factory=list)
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     """Of the epoch under way: loss, right answers, share, images."""
@@ -218,13 +213,11 @@ class Trainer:
         x = normalise(x, self.spec).contiguous(memory_format=torch.channels_last)
         labels = labels.to(self.device)
         try:
-            loss, logits, activations = objective(x, labels)
+            loss, logits = objective(x, labels)
         except TorchDynamoException as error:
             raise TrainingError(
                 f"the network could not be compiled ({str(error).splitlines()[0]}); set finetune.compile = false"
             ) from error
-        if self.closing is not None:
-            self.closing.note(activations)
         penalty = self.closing.penalty() if self.closing is not None else None
         right = int((logits.detach().argmax(1) == labels).sum()) if self.images.labels is not None else 0
         return loss if penalty is None else loss + penalty, right
@@ -256,8 +249,7 @@ class Trainer:
         tensors = {f"model.{k}": v for k, v in self.network.state_dict().items()}
         for i, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
-        if self.closing is not None:
-            tensors |= {f"closing.{k}": v for k, v in self.closing.state().items()}
+        self.state.factor = self.closing.factor if self.closing is not None else 1.0
         if self.accelerator.scaler is not None:
             self.state.scaler = self.accelerator.scaler.state_dict()
         write_tensors(file, tensors, {"state": json.dumps({**asdict(self.state), "stage": self.stage})})
@@ -271,7 +263,7 @@ class Trainer:
                 raise ValueError("it is of another stage")
             self.state = _State(**header)
             if self.closing is not None:
-                self.closing.restore({k[8:]: v for k, v in tensors.items() if k.startswith("closing.")})
+                self.closing.factor = self.state.factor
             self.network.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
             saved = self.optimizer.state_dict()
             for key, value in tensors.items():

@@ -21,13 +21,13 @@ def test_the_original_teaches_its_blocks_outputs():
     student = with_outputs_of(gated, teacher.blocks)
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
-        logits, outputs, _ = student(x)
+        logits, outputs = student(x)
         wanted, wanted_outputs = teacher(x)
     assert len(teacher.blocks) == len(outputs) == 3
     assert torch.allclose(logits, wanted, atol=1e-4) and float(feature_distance(outputs, wanted_outputs)) < 1e-8
     gates_of(gated)["blocks.1"].channel.bias.data[:8] = -1
     with torch.no_grad():
-        _, closed, _ = student(x)
+        _, closed = student(x)
     same = [torch.allclose(a, b, atol=1e-4) for a, b in zip(closed, wanted_outputs, strict=True)]
     assert same == [True, False, False] and float(feature_distance(closed, wanted_outputs)) > 1e-4
 

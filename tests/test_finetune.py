@@ -269,7 +269,7 @@ def test_threshold_meets_the_share_on_its_batch(dense, digits):
     gated(_floats(digits, 0))
     shift = threshold_for(gated, costs, 0.7)
     for g, out in outputs_of(gated):
-        g.outputs = replace(out, block=out.block - shift, channel=out.channel - shift)
+        g.outputs = type(out)(out.block - shift, out.channel - shift)
     assert float(macs_per_image(costs, opens_of(gated)).mean()) / costs.dense == pytest.approx(0.7, abs=0.02)
 
 
