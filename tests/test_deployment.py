@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gatefit
 from gatefit.cost import opens_of
 from gatefit.deployment.branch import place_of
-from gatefit.deployment.chain import ChainBlock, ChainBlocks
+from gatefit.deployment.chain import ChainBlock, ChainBlocks, PlainBlock, Pooling
 from gatefit.deployment.codebook import assign, choose_codebook, expected_units, most_frequent
 from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.engines import BF16, OnnxNetwork, dense_engines, masked_onnx, packed
@@ -194,6 +194,20 @@ def test_a_gathered_depthwise_convolution(size, stride, image):
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("sizes", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2)])
+@pytest.mark.parametrize("image", [(9, 21), (7, 7), (40, 67)])
+def test_max_pooling(sizes, image):
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, *image) - 3.0  # below 0, which no border may be
+    x[0, 1, 2, 3] = float("nan")
+    with torch.no_grad():
+        for threads in (1, 2):
+            with running_on(threads):
+                pooled = ChainBlocks([PlainBlock([Pooling(*sizes)])])(x)
+                torch.testing.assert_close(pooled, nn.MaxPool2d(*sizes)(x), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("fill", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", GATABLE)
@@ -312,6 +326,51 @@ def test_blocks_behind_each_other_run_in_one_call(threads, monkeypatch):
     assert [len(m.blocks) for m in deployed.modules() if isinstance(m, ChainBlocks)] == [3, 1]
     with torch.no_grad():
         assert same(deployed(x), gated(x))
+
+
+class Whole(nn.Module):
+    """Gated blocks, large and small, between convolutions that are not, and with one that makes the shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.MaxPool2d(3, 1, 1), *self.separable(8, 20, 8, 1))
+        self.narrow = Narrow(8, 24)
+        self.between = nn.Sequential(*self.separable(8, 44, 24, 2), nn.ReLU())
+        self.shortcut = nn.Conv2d(24, 144, 1, 2, bias=False)
+        self.first, self.second = nn.Conv2d(24, 32, 3, 2, 1), nn.Conv2d(32, 144, 3, padding=1)
+        self.large = nn.Sequential(Narrow(144, 144), Narrow(144, 144))
+        self.small = nn.Sequential(nn.Conv2d(144, 16, 1), Narrow(16, 16))
+
+    @staticmethod
+    def separable(into, middle, out, stride):
+        yield from (nn.Conv2d(into, middle, 1), nn.ReLU6(), nn.Conv2d(middle, middle, 3, stride, 1, groups=middle))
+        yield from (nn.ReLU(), nn.Conv2d(middle, out, 1))
+
+    def forward(self, x):
+        x = self.between(self.narrow(self.stem(x)))
+        x = (self.shortcut(x) + self.second(self.first(x).relu())).relu()
+        return self.small(self.large(x)).mean((2, 3))
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_whole_network_runs_in_one_call(threads, monkeypatch):
+    monkeypatch.setattr("gatefit.deployment.stretches.has_onnx", lambda: False)
+    torch.manual_seed(0)
+    gated = gatefit.retrofit(Whole(), torch.zeros(2, 3, 40, 40), "lc", "step", fill=True).eval()
+    assert len(gates_of(gated)) == 5
+    for gate in gates_of(gated).values():
+        torch.nn.init.normal_(gate.channel.weight, std=3.0)
+        torch.nn.init.normal_(gate.block.weight, std=3.0)
+    x = torch.randn(6, 3, 40, 40)
+    seen = observe(gated, [x])
+    plans = {n: plan_block(gated, gates_of(gated)[n], seen[n], 4) for n in seen}
+    deployed = gathered_network(gated, plans, [x])
+    assert [len(m.blocks) for m in deployed.modules() if isinstance(m, ChainBlocks)] == [8]
+    with torch.no_grad(), running_on(threads):
+        for images in (x, x[:1], torch.randn(3, 3, 25, 34), torch.randn(37, 3, 33, 9), x[:0]):
+            assert same(deployed(images), gated(images))
+            assert same(copy.deepcopy(deployed)(images), gated(images))
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")

@@ -3,7 +3,7 @@
 import ctypes
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.deployment.branch import SHORTCUT, Place
 from gatefit.deployment.dynamic import Saliences
-from gatefit.deployment.gathered import OPEN, GatheredConv, gathered_way, need_kernels
+from gatefit.deployment.gathered import OPEN, GatheredConv, gathered_way, need_kernels, with_gathered_convs
 from gatefit.deployment.native import NUMBER, POINTER, REAL, Kernels, threads
 from gatefit.deployment.plan import BlockPlan
 from gatefit.deployment.prepack import activation_of
@@ -22,6 +22,10 @@ from gatefit.graph import module_of
 
 LANES = 16
 """Floats of a register, where weights are packed."""
+CONVOLUTION, DEPTHWISE, MAX_POOLING = 0, 1, 2
+"""Kinds of `Step` of gathered.cpp."""
+Shape = tuple[int, int, int]
+"""(C, H, W)"""
 
 
 class _Step(ctypes.Structure):
@@ -29,7 +33,7 @@ class _Step(ctypes.Structure):
 
     _fields_ = (
         *((name, POINTER) for name in ("weight", "bias", "narrow")),
-        *((name, NUMBER) for name in ("rows", "columns", "kernel", "stride", "padding", "depthwise")),
+        *((name, NUMBER) for name in ("rows", "columns", "kernel", "stride", "padding", "kind")),
         *((name, NUMBER) for name in ("open_rows", "open_columns", "filled")),
         *((name, REAL) for name in ("lowest", "highest")),
     )
@@ -40,15 +44,15 @@ class _Block(ctypes.Structure):
 
     _fields_ = (
         *((name, POINTER) for name in ("gate_weight", "gate_bias", "fill", "lowered")),
-        *((name, NUMBER) for name in ("features", "has_block", "units", "steps")),
-        ("step", ctypes.POINTER(_Step)),
+        *((name, NUMBER) for name in ("features", "has_block", "units", "steps", "adds")),
+        *((name, ctypes.POINTER(_Step)) for name in ("step", "aside")),
         *((name, REAL) for name in ("lowest", "highest")),
     )
 
 
 @dataclass
 class Link:
-    """A convolution of the chain, and what is done with its result."""
+    """A convolution in a chain, and what is done with its result."""
 
     conv: GatheredConv
     open_rows: bool
@@ -56,7 +60,25 @@ class Link:
     bounds: tuple[float, float]
     filled: bool = False
 
-    def narrow(self) -> Tensor | None:
+    def told(self, run: Kernels, shape: Shape) -> tuple[_Step, Tensor | None, Shape]:
+        """The step in the kernels' words for inputs of a shape, what it points to, and its result's shape."""
+        conv = self.conv
+        weight, bias = conv.weight, conv.bias
+        narrow = self._narrow() if run.narrow(shape[2]) else None
+        step = _Step(
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            None if narrow is None else narrow.data_ptr(),
+            *weight.shape[:3],
+            conv.stride,
+            conv.padding,
+            DEPTHWISE if conv.depthwise else CONVOLUTION,
+            *(int(b) for b in (self.open_rows, self.open_columns, self.filled)),
+            *self.bounds,
+        )
+        return step, narrow, _behind(step, shape)
+
+    def _narrow(self) -> Tensor | None:
         """The weight in the order of `NarrowConvolution` (narrow.h); None where it cannot be."""
         weight, conv = self.conv.weight.detach(), self.conv
         out, into, *size = weight.shape
@@ -64,6 +86,56 @@ class Link:
         if not plain or self.open_rows or out % LANES:
             return None
         return weight.view(-1, LANES, into, 9).permute(2, 0, 3, 1).contiguous()
+
+
+@dataclass
+class Pooling:
+    """Max pooling in a chain."""
+
+    kernel: int
+    stride: int
+    padding: int
+
+    def told(self, run: Kernels, shape: Shape) -> tuple[_Step, None, Shape]:
+        """As `Link.told`."""
+        sizes = (*shape[:1] * 2, self.kernel, self.stride, self.padding)
+        step = _Step(None, None, None, *sizes, MAX_POOLING, 0, 0, 0, -math.inf, math.inf)
+        return step, None, _behind(step, shape)
+
+
+def _behind(step: _Step, shape: Shape) -> Shape:
+    height, width = ((s + 2 * step.padding - step.kernel) // step.stride + 1 for s in shape[1:])
+    return step.rows, height, width
+
+
+Told = tuple[_Block, Any, Shape]
+"""A block in the kernels' words for inputs of a shape, what it points to, and its result's shape."""
+
+
+class PlainBlock(nn.Module):
+    """Convolutions that are not gated and max pooling, one behind the other, between blocks that are gated."""
+
+    def __init__(self, links: Iterable[Link | Pooling]) -> None:
+        super().__init__()
+        self.links = list(links)
+        self.convs = nn.ModuleList(link.conv for link in self.links if isinstance(link, Link))
+
+    def told(self, run: Kernels, shape: Shape) -> Told:
+        """See `Told`."""
+        steps, pointed, result = _steps(self.links, run, shape)
+        gates = (None,) * 4
+        block = _Block(*gates, shape[0], 0, 0, len(steps), 0, steps, None, -math.inf, math.inf)
+        return block, pointed, result
+
+
+def _steps(links: Sequence[Link | Pooling], run: Kernels, shape: Shape) -> tuple[Any, Any, Shape]:
+    """The steps in the kernels' words for inputs of a shape, what they point to, and the last one's shape."""
+    steps = (_Step * len(links))()
+    packed = []
+    for i, link in enumerate(links):
+        steps[i], narrow, shape = link.told(run, shape)
+        packed.append(narrow)
+    return steps, (steps, packed), shape
 
 
 class ChainBlock(nn.Module):
@@ -83,29 +155,17 @@ class ChainBlock(nn.Module):
         self.convs = nn.ModuleList(link.conv for link in self.links)
         self.fill = None if gate.fill is None else way.get_submodule("fill")
         self.bounds = (0.0 if place.relu is not None else -math.inf, math.inf)
+        self.aside: PlainBlock | None = None
+        """Makes the shortcut of the block's input; None: that is the input itself, or given."""
 
-    def told(self, run: Kernels, height: int, width: int) -> tuple[_Block, Any, tuple[int, int, int]]:
-        """The block in the kernels' words for inputs of a size, what it points to, and its branch's (C, H, W)."""
+    def told(self, run: Kernels, shape: Shape) -> Told:
+        """See `Told`."""
         gate, fc = self.saliences.gate, self.saliences.fc
-        steps = (_Step * len(self.links))()
-        packed = []
-        for i, link in enumerate(self.links):
-            weight, bias, stride, padding = link.conv.weight, link.conv.bias, link.conv.stride, link.conv.padding
-            narrow = link.narrow() if run.narrow(width) else None
-            packed.append(narrow)
-            steps[i] = _Step(
-                weight.data_ptr(),
-                None if bias is None else bias.data_ptr(),
-                None if narrow is None else narrow.data_ptr(),
-                *weight.shape[:3],
-                stride,
-                padding,
-                *(int(b) for b in (link.conv.depthwise, link.open_rows, link.open_columns, link.filled)),
-                *link.bounds,
-            )
-            height, width = ((s + 2 * padding - weight.shape[2]) // stride + 1 for s in (height, width))
+        steps, pointed, result = _steps(self.links, run, shape)
+        aside = kept = None
+        if self.aside is not None:
+            aside, kept, _ = _steps(self.aside.links, run, shape)
         fill = None if self.fill is None else self.fill.get_parameter("weight").flatten(1).T.contiguous()
-        packed.append(fill)
         block = _Block(
             fc.weight.data_ptr(),
             fc.bias.data_ptr(),
@@ -115,54 +175,58 @@ class ChainBlock(nn.Module):
             int(self.saliences.skip),
             fc.out_features - int(gate.block is not None),
             len(self.links),
+            int(aside is None),
             steps,
+            aside,
             *self.bounds,
         )
-        return block, (steps, packed), (self.links[-1].conv.weight.shape[0], height, width)
+        return block, (pointed, kept, fill), result
 
 
 class ChainBlocks(nn.Module):
-    """Blocks one behind the other, in one call: (input, shortcut) -> result of the last.
+    """Blocks one behind the other, in one call: (input, shortcut of the first if it needs one) -> result of the last.
 
-    All but the first have their input for a shortcut. An image goes through all of them while it is in the cache.
+    All others make their shortcuts themselves. An image goes through as many as can be while it is in the cache.
     """
 
-    def __init__(self, blocks: Iterable[ChainBlock]) -> None:
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self._told: tuple[Any, ...] | None = None
 
     @property
-    def works_in_place(self) -> bool:
-        """Whether the input has been read for good when the result begins to take its place."""
-        return all(len(block.links) > 1 for block in self.blocks if isinstance(block, ChainBlock))
+    def first(self) -> "ChainBlock | PlainBlock":
+        """The block that the input goes to."""
+        first = self.blocks[0]
+        assert isinstance(first, ChainBlock | PlainBlock)
+        return first
 
-    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """Run x, (B, C, H, W) float32, through the first branch, add it to the shortcut, and so on."""
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Run x, (B, C, H, W) float32, through the first block, what it gives through the next, and so on."""
         run = need_kernels(x)
         told = self._told  # kept while the kernel reads it, whatever other threads do
         if told is None or told[1] != x.shape[2:]:
             told = self._told = self._tell(run, x)
-        if shortcut.shape[1:] != told[2]:
+        if shortcut is not None and shortcut.shape[1:] != told[2]:
             given = tuple(shortcut.shape[1:])
             raise DeployError(f"a branch that gives {told[2]} cannot be added to a shortcut of {given}")
-        x, shortcut = x.contiguous(), shortcut.contiguous()
-        result = torch.empty_like(shortcut)
-        places = (x.data_ptr(), shortcut.data_ptr(), result.data_ptr())
-        total = shortcut.numel() // max(1, len(x))
-        run.blocks(told[0], len(self.blocks), *places, len(x), *x.shape[2:], total, threads())
+        x, shortcut = x.contiguous(), None if shortcut is None else shortcut.contiguous()
+        result = x.new_empty(len(x), *told[3])
+        places = (x.data_ptr(), None if shortcut is None else shortcut.data_ptr(), result.data_ptr())
+        run.blocks(told[0], len(self.blocks), *places, len(x), *x.shape[2:], threads())
         return result
 
     def _tell(self, run: Kernels, x: Tensor) -> tuple[Any, ...]:
-        """All blocks in the kernels' words for inputs like x, its size, the result's shape, and what they point to."""
+        """All blocks in the kernels' words for inputs like x, its size, shapes of the first and the last result,
+        and what they point to."""
         blocks = (_Block * len(self.blocks))()
-        kept = []
-        shape = (x.shape[1], x.shape[2], x.shape[3])
+        kept, shapes = [], [(x.shape[1], x.shape[2], x.shape[3])]
         for i, block in enumerate(self.blocks):
-            assert isinstance(block, ChainBlock)
-            blocks[i], pointed, shape = block.told(run, *shape[1:])
+            assert isinstance(block, ChainBlock | PlainBlock)
+            blocks[i], pointed, shape = block.told(run, shapes[-1])
             kept.append(pointed)
-        return blocks, x.shape[2:], shape, kept
+            shapes.append(shape)
+        return blocks, x.shape[2:], shapes[1], shapes[-1], kept
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ChainBlocks":
         self._told = None  # the weights may lie elsewhere now
@@ -175,23 +239,65 @@ class ChainBlocks(nn.Module):
 
 
 def join_chains(network: fx.GraphModule) -> fx.GraphModule:
-    """Make one of each `ChainBlocks` and another that takes its result, and nothing else, for input and shortcut.
+    """Run each convolution that the kernels know as a `ChainBlocks`, make one of all that follow each other; in place.
 
-    Its branch must be more than one convolution: it works in place.
+    Two do if nothing else reads what is between them, but for the convolution that makes the second one's shortcut.
     """
+    with_gathered_convs(network)
+    for node in network.graph.nodes:
+        link = _plain(module_of(network, node))
+        if link is not None and len(node.args) == 1:
+            network.set_submodule(str(node.target), ChainBlocks([PlainBlock([link])]))
     for node in network.graph.nodes:
         block = module_of(network, node)
-        before = node.args[0] if isinstance(block, ChainBlocks) else None
-        if not isinstance(before, fx.Node) or node.args[1] is not before or len(before.users) > 1:
+        if not isinstance(block, ChainBlocks):
             continue
+        before, *shortcuts = node.args
         former = module_of(network, before)
-        if isinstance(block, ChainBlocks) and isinstance(former, ChainBlocks) and block.works_in_place:
-            network.set_submodule(str(node.target), ChainBlocks((*former.blocks, *block.blocks)))  # type: ignore[arg-type]
+        if shortcuts and shortcuts != [before] and (aside := _aside(network, node)) is not None:
+            assert isinstance(block.first, ChainBlock)
+            block.first.aside = aside
+            block = ChainBlocks(block.blocks)  # the former one may have told the kernels of itself
+            network.set_submodule(str(node.target), block)
+            node.args, made = (before,), shortcuts[0]
+            network.graph.erase_node(made)
+        elif shortcuts and shortcuts != [before]:
+            continue
+        if isinstance(former, ChainBlocks) and len(before.users) == 1:
+            network.set_submodule(str(node.target), _joined(former, block))
             node.args = before.args
             network.graph.erase_node(before)
     network.delete_all_unused_submodules()
     network.recompile()
     return network
+
+
+def _plain(module: nn.Module | None) -> Link | Pooling | None:
+    """A convolution, or pooling, as part of a chain; None for what the kernels do not know."""
+    if isinstance(module, GatheredConv):
+        return Link(module, False, False, module.bounds) if isinstance(module.after, nn.Identity) else None
+    if not isinstance(module, nn.MaxPool2d) or module.ceil_mode or module.return_indices:
+        return None
+    sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in (module.kernel_size, module.stride, module.padding)]
+    square = all(h == w for h, w in sizes) and module.dilation in (1, (1, 1))
+    return Pooling(*(h for h, _ in sizes)) if square else None
+
+
+def _joined(former: ChainBlocks, latter: ChainBlocks) -> ChainBlocks:
+    last, first = former.blocks[-1], latter.first
+    if isinstance(last, PlainBlock) and isinstance(first, PlainBlock):
+        return ChainBlocks((*former.blocks[:-1], PlainBlock((*last.links, *first.links)), *latter.blocks[1:]))
+    return ChainBlocks((*former.blocks, *latter.blocks))
+
+
+def _aside(network: fx.GraphModule, node: fx.Node) -> PlainBlock | None:
+    """What makes the shortcut of a chain's first block of that block's input, and of nothing else."""
+    before, made = node.args
+    shortcut = module_of(network, made) if isinstance(made, fx.Node) else None
+    if not isinstance(shortcut, ChainBlocks) or made.args != (before,) or len(made.users) > 1:  # type: ignore[union-attr]
+        return None
+    plain = len(shortcut.blocks) == 1 and isinstance(shortcut.first, PlainBlock) and len(shortcut.first.links) == 1
+    return shortcut.first if plain else None  # type: ignore[return-value]
 
 
 def _chain(way: fx.GraphModule) -> list[Link]:

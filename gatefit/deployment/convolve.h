@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "threads.h"
@@ -60,27 +61,32 @@ void store(float* p, Lanes x, int64_t count) { std::memcpy(p, &x, count * sizeof
 #endif
 Lanes load(const float* p, int64_t count) { return load(p, lanes_of(0, count)); }
 
-// The same of p[lane * stride].
+// Of two vectors that follow each other, every second value: from the first value on, or with `odd` from the second on.
+Lanes every_second(Lanes a, Lanes b, bool odd) {
+#ifdef __AVX512F__
+  const __m512i lanes = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return (Lanes)_mm512_permutex2var_ps((__m512)a, _mm512_add_epi32(lanes, _mm512_set1_epi32(odd)), (__m512)b);
+#elif defined(__AVX2__)
+  const __m256 pairs = odd ? _mm256_shuffle_ps((__m256)a, (__m256)b, 0xDD) : _mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
+  return (Lanes)_mm256_castsi256_ps(_mm256_permute4x64_epi64(_mm256_castps_si256(pairs), 0xD8));
+#else
+  Lanes x = {};
+  for (int64_t i = 0; i < LANES; ++i) x[i] = 2 * i + odd < LANES ? a[2 * i + odd] : b[2 * i + odd - LANES];
+  return x;
+#endif
+}
+
+// The same as `load` of p[lane * stride].
 Lanes load(const float* p, int64_t low, int64_t high, int64_t stride) {
   if (stride == 1) return load(p, lanes_of(low, high));
+  if (stride == 2)
+    return every_second(load(p, lanes_of(2 * low, 2 * high - 1)),
+                        load(p + LANES, lanes_of(2 * low - LANES, 2 * high - 1 - LANES)), false);
 #ifdef __AVX512F__
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  if (stride == 2) {
-    const __m512 a = (__m512)load(p, lanes_of(2 * low, 2 * high - 1));
-    const __m512 b = (__m512)load(p + LANES, lanes_of(2 * low - LANES, 2 * high - 1 - LANES));
-    return (Lanes)_mm512_permutex2var_ps(a, _mm512_add_epi32(lanes, lanes), b);
-  }
   const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride));
   return (Lanes)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes_of(low, high), places, p, 4);
 #else
-#ifdef __AVX2__
-  if (stride == 2) {
-    const __m256 a = (__m256)load(p, lanes_of(2 * low, 2 * high - 1));
-    const __m256 b = (__m256)load(p + LANES, lanes_of(2 * low - LANES, 2 * high - 1 - LANES));
-    const __m256i pairs = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
-    return (Lanes)_mm256_castsi256_ps(_mm256_permute4x64_epi64(pairs, 0xD8));
-  }
-#endif
   Lanes x = {};
   for (int64_t i = std::max<int64_t>(low, 0); i < std::min<int64_t>(high, LANES); ++i) x[i] = p[i * stride];
   return x;
@@ -443,8 +449,12 @@ struct DepthwiseConvolution {
     const float* plane = image + c * layout.height * layout.width;
     const float* taps = weight + rows[c] * layout.taps;
     for (int64_t x = 0; x < layout.out_width; x += LANES) {
-      Mask inside[K];
-      for (int dx = 0; dx < K && S == 1; ++dx) inside[dx] = lanes_of(low(x, dx), high(x, dx));
+      // Of what the tap columns read: for a stride of 2 they share it in pairs, each from two vectors.
+      Mask inside[K], beyond[K];
+      for (int dx = 0; dx < K; dx += S) {
+        const int64_t first = layout.padding - dx - x * S, end = layout.width + first;
+        inside[dx] = lanes_of(first, end), beyond[dx] = lanes_of(first - LANES, end - LANES);
+      }
       for (int64_t y = 0; y < layout.out_height; y += LINES) {
         Lanes sums[LINES];
         for (Lanes& sum : sums) sum = (bias ? bias[rows[c]] : 0.f) - Lanes{};
@@ -453,9 +463,12 @@ struct DepthwiseConvolution {
           const int64_t from = y * S + line - layout.padding;
           if (from < 0 || from >= layout.height) continue;
           const float* p = plane + from * layout.width + x * S - layout.padding;
+          Lanes a = {}, b = {};
 #pragma GCC unroll 7
           for (int dx = 0; dx < K; ++dx) {
-            const Lanes values = S == 1 ? load(p + dx, inside[dx]) : load(p + dx, low(x, dx), high(x, dx), S);
+            if (dx % S == 0) a = load(p + dx, inside[dx]);
+            if (S == 2 && dx % S == 0) b = load(p + dx + LANES, beyond[dx]);
+            const Lanes values = S == 1 ? a : every_second(a, b, dx % 2);
 #pragma GCC unroll 7
             for (int h = 0; h < LINES; ++h)
               if (line >= h * S && line < h * S + K) sums[h] += taps[(line - h * S) * K + dx] * values;
@@ -487,6 +500,50 @@ struct DepthwiseConvolution {
 
   void finish(int64_t c, int64_t y, int64_t x, Lanes sum) const {
     store(out + c * layout.pixels + y * layout.out_width + x, bounds.cut(sum), std::min<int64_t>(LANES, layout.out_width - x));
+  }
+};
+
+// The largest value of each window; of image (count, height, width).
+struct MaxPooling {
+  const float* image;
+  float* out;
+  int64_t count;
+  Layout layout;
+
+  void run(int64_t threads) const {
+    each_of(count, count * layout.height * layout.width, threads, [&](int64_t c) { channel(c); });
+  }
+
+ private:
+  static Lanes larger(Lanes a, Lanes b) { return (b > a) | (b != b) ? b : a; }  // NaN is larger than anything
+
+  // Of each line of the result: first over lines, with a border, then along them.
+  void channel(int64_t c) const {
+    static thread_local Scratch kept;
+    const int64_t room = (layout.out_width + LANES) * layout.stride + layout.kernel + layout.width + LANES;
+    float* line = kept.need(room);
+    std::fill(line, line + room, -std::numeric_limits<float>::infinity());
+    const float* plane = image + c * layout.height * layout.width;
+    float* to = out + c * layout.pixels;
+    for (int64_t y = 0; y < layout.out_height; ++y, to += layout.out_width) {
+      const int64_t top = y * layout.stride - layout.padding;
+      const int64_t first = std::max<int64_t>(0, top), end = std::min(layout.height, top + layout.kernel);
+      for (int64_t x = 0; x < layout.width; x += LANES) {
+        const int64_t some = std::min<int64_t>(LANES, layout.width - x);
+        Lanes most = load(plane + first * layout.width + x, some);
+        for (int64_t from = first + 1; from < end; ++from) most = larger(most, load(plane + from * layout.width + x, some));
+        store(line + layout.padding + x, most, some);
+      }
+      for (int64_t x = 0; x < layout.out_width; x += LANES) {
+        Lanes most = every(line + x * layout.stride);
+        for (int64_t dx = 1; dx < layout.kernel; ++dx) most = larger(most, every(line + x * layout.stride + dx));
+        store(to + x, most, std::min<int64_t>(LANES, layout.out_width - x));
+      }
+    }
+  }
+
+  Lanes every(const float* p) const {
+    return layout.stride == 2 ? every_second(load(p), load(p + LANES), false) : load(p, 0, LANES, layout.stride);
   }
 };
 

@@ -5,19 +5,24 @@
 namespace {
 
 constexpr int64_t GROUP = 16;  // images that share large weights
+constexpr int64_t NEAR = 1 << 17;  // values that stay in the second-level cache from one step to the next
+
+enum Kind : int64_t { CONVOLUTION, DEPTHWISE, MAX_POOLING };
 
 // A convolution in the chain of a branch; open_rows and open_columns say whether the open units are its rows, columns.
 struct Step {
   const float *weight, *bias, *narrow;  // narrow: the weight as `NarrowConvolution` wants it, or null
-  int64_t rows, columns, kernel, stride, padding, depthwise, open_rows, open_columns, filled;
+  int64_t rows, columns, kernel, stride, padding, kind, open_rows, open_columns, filled;
   float lowest, highest;
 };
 
-// A block whose branch is a chain of convolutions, and its gates: one layer for both, (has_block + units, features).
+// A block whose branch is a chain of convolutions, and its gates: one layer for both, (has_block + units, features); null
+// where nothing is gated. The branch is added to the block's input if `adds`; if there is an `aside`, to what that one
+// makes of the input; else to nothing.
 struct Block {
   const float *gate_weight, *gate_bias, *fill, *lowered;  // fill (units, channels), or null
-  int64_t features, has_block, units, steps;
-  const Step* step;
+  int64_t features, has_block, units, steps, adds;
+  const Step *step, *aside;
   float lowest, highest;  // behind the sum
 };
 
@@ -71,6 +76,7 @@ struct Work {
 
 // Let an image's gates, which are steps, say what it opens. False: the block is skipped, and the image done.
 bool opens(const Block& block, Work& work, int64_t pixels, int64_t total, int64_t threads) {
+  if (!block.gate_weight) return true;
   const std::vector<float> logits = logits_of(block, work.image, pixels, threads);
   if (block.has_block && logits[0] <= 0.f) {
     for (int64_t i = 0; i < total; ++i) work.out[i] = std::min(std::max(work.shortcut[i], block.lowest), block.highest);
@@ -98,32 +104,115 @@ void fill(const Block& block, Work& work, const float* bias, int64_t channels, i
   }
 }
 
-// Images side by side, step by step, of (features, height, width); shortcuts and results, of `total` values, as the
-// branch gives.
-void run_block(const Block& block, const std::vector<Work>& works, int64_t height, int64_t width, int64_t total,
-               int64_t threads) {
+Layout layout_of(const Step& step, int64_t height, int64_t width) {
+  return {height, width, step.kernel, step.stride, step.padding};
+}
+
+// Of an image on its way.
+struct Size {
+  int64_t channels, height, width;
+  int64_t values() const { return channels * height * width; }
+  Size behind(const Block& block) const {
+    Size size = *this;
+    for (const Step* step = block.step; step < block.step + block.steps; ++step) {
+      const Layout layout = layout_of(*step, size.height, size.width);
+      size = {step->rows, layout.out_height, layout.out_width};
+    }
+    return size;
+  }
+};
+
+// What a step is given for one image; see `Convolution`.
+struct Given {
+  const float *image, *bias;
+  const int64_t *rows, *columns;
+  const float* added;
+  float* out;
+  int64_t channels, count;
+};
+
+// A step for images side by side.
+void run_step(const Step& step, const std::vector<Given>& all, const Layout& layout, int64_t threads) {
+  const Bounds bounds = {step.lowest, step.highest};
+  std::vector<Convolution> convolutions;
+  std::vector<NarrowConvolution> narrow;
+  for (const Given& it : all)
+    if (step.kind == MAX_POOLING) MaxPooling{it.image, it.out, it.count, layout}.run(threads);
+    else if (step.kind == DEPTHWISE)
+      DepthwiseConvolution{it.image, step.weight, it.bias, it.rows, it.out, it.count, layout, bounds}.run(threads);
+    else if (step.narrow)
+      narrow.push_back({it.image, step.narrow, it.bias, it.columns, it.added, it.out, it.channels, it.count, step.columns,
+                        layout.height, layout.width, bounds});
+    else
+      convolutions.push_back({it.image, step.weight, it.bias, it.rows, it.columns, it.added, it.out, it.channels, it.count,
+                              step.columns, layout, bounds});
+  if (!narrow.empty()) NarrowConvolution::run(narrow, threads);
+  if (threads == 1 && convolutions.size() > 1) Convolution::run(convolutions);
+  else
+    for (const Convolution& convolution : convolutions) convolution.run(threads);
+}
+
+// A convolution 1 x 1 and a depthwise one behind it, for one image: by groups of channels, so that what lies between
+// them stays near; threads share the groups.
+void run_pair(const Step& first, const Given& from, const Layout& layout, const Step& second, const Given& to,
+              const Layout& behind, int64_t threads) {
+  const int64_t near = std::max<int64_t>(1, NEAR / layout.pixels / ROWS) * ROWS;
+  const int64_t some = std::min(near, (from.count + threads - 1) / threads);
+  if (!some) return;
+  Threads::share(threads, (from.count + some - 1) / some, [&](int64_t i) {
+    static thread_local Scratch kept;
+    const int64_t begin = i * some, count = std::min(some, from.count - begin);
+    float* map = kept.need(count * layout.pixels);
+    Convolution{from.image, first.weight, from.bias, from.rows + begin, from.columns, nullptr, map, from.channels, count,
+                first.columns, layout, {first.lowest, first.highest}}
+        .run(1);
+    DepthwiseConvolution{map, second.weight, to.bias, to.rows + begin, to.out + begin * behind.pixels, count, behind,
+                         {second.lowest, second.highest}}
+        .run(1);
+  });
+}
+
+// 0, 1, 2, ... up to the rows and columns of any step.
+const int64_t* every_of(const Block& block) {
+  static thread_local std::vector<int64_t> every;
+  int64_t most = block.aside ? std::max(block.aside->rows, block.aside->columns) : 0;
+  for (const Step* s = block.step; s < block.step + block.steps; ++s) most = std::max({most, s->rows, s->columns});
+  for (int64_t i = every.size(); i < most; ++i) every.push_back(i);
+  return every.data();
+}
+
+// Images side by side, step by step.
+void run_block(const Block& block, std::vector<Work> works, Size size, int64_t threads) {
+  const int64_t* every = every_of(block);
+  const int64_t total = size.behind(block).values();
+  int64_t height = size.height, width = size.width;
+  if (block.aside) {
+    std::vector<Given> given;
+    for (Work& work : works) {
+      given.push_back({work.image, block.aside->bias, every, every, nullptr, work.out, block.aside->columns, block.aside->rows});
+      work.shortcut = work.out;  // the branch is added to it in place
+    }
+    run_step(*block.aside, given, layout_of(*block.aside, height, width), threads);
+  }
   std::vector<Work> all;
-  for (Work work : works)
+  for (Work& work : works)
     if (opens(block, work, height * width, total, threads)) all.push_back(std::move(work));
   if (all.empty()) return;
   static thread_local std::vector<Scratch> buffers;  // two for each image
   buffers.resize(std::max(buffers.size(), 2 * all.size()));
-  std::vector<int64_t> every;
+  std::vector<Given> before;  // what a step is given that the next one runs with it
+  int64_t turn = 0;
   for (int64_t k = 0; k < block.steps; ++k) {
     const Step& step = block.step[k];
     const bool last = k + 1 == block.steps;
-    for (int64_t i = every.size(); i < std::max(step.rows, step.columns); ++i) every.push_back(i);
-    const Layout layout = {height, width, step.kernel, step.stride, step.padding};
-    const Bounds bounds = {step.lowest, step.highest};
-    std::vector<Convolution> convolutions;
-    std::vector<NarrowConvolution> narrow;
+    const Layout layout = layout_of(step, height, width);
+    const bool pairs = !last && layout.as_it_is && step.kind == CONVOLUTION && block.step[k + 1].kind == DEPTHWISE;
+    std::vector<Given> given;
     for (size_t i = 0; i < all.size(); ++i) {
       Work& work = all[i];
       const int64_t count = step.open_rows ? work.open.size() : step.rows;
       const int64_t channels = step.open_columns ? work.open.size() : step.columns;
-      const int64_t* rows = step.open_rows ? work.open.data() : every.data();
-      const int64_t* columns = step.open_columns ? work.open.data() : every.data();
-      const float *bias = step.bias, *added = last ? work.shortcut : nullptr;
+      const float* bias = step.bias;
       if (step.filled) {
         work.shifted.resize(step.rows);
         parts_of(step.rows, step.rows * block.units, threads, [&](int64_t begin, int64_t end) {
@@ -131,43 +220,54 @@ void run_block(const Block& block, const std::vector<Work>& works, int64_t heigh
         });
         bias = work.shifted.data();
       }
-      float* to = last ? work.out : buffers[2 * i + k % 2].need(count * layout.pixels);
-      if (step.depthwise)
-        DepthwiseConvolution{work.image, step.weight, bias, rows, to, count, layout, bounds}.run(threads);
-      else if (step.narrow)
-        narrow.push_back({work.image, step.narrow, bias, columns, added, to, channels, count, step.columns, height, width,
-                          bounds});
-      else
-        convolutions.push_back({work.image, step.weight, bias, rows, columns, added, to, channels, count, step.columns,
-                                layout, bounds});
+      float* to = last ? work.out : pairs ? nullptr : buffers[2 * i + turn % 2].need(count * layout.pixels);
+      given.push_back({work.image, bias, step.open_rows ? work.open.data() : every,
+                       step.open_columns ? work.open.data() : every, last ? work.shortcut : nullptr, to, channels, count});
       work.image = to;
     }
-    if (!narrow.empty()) NarrowConvolution::run(narrow, threads);
-    if (threads == 1 && convolutions.size() > 1) Convolution::run(convolutions);
-    else
-      for (const Convolution& convolution : convolutions) convolution.run(threads);
+    turn += !pairs;
+    if (pairs) before = std::move(given);
+    else if (before.empty()) run_step(step, given, layout, threads);
+    else {
+      const Step& former = block.step[k - 1];  // 1 x 1: its map is of the size that this step reads
+      for (size_t i = 0; i < all.size(); ++i)
+        run_pair(former, before[i], layout_of(former, height, width), step, given[i], layout, threads);
+      before.clear();
+    }
     height = layout.out_height, width = layout.out_width;
   }
 }
 
-// Images side by side through blocks, of which all but the first have their input for a shortcut. Those work in place:
-// each result is added to what it was made from, which only the first of several convolutions reads.
-void run_blocks(const Block* blocks, int64_t count, std::vector<Work> all, int64_t height, int64_t width, int64_t total,
-                int64_t threads) {
-  for (const Block* block = blocks; block < blocks + count; ++block) {
-    run_block(*block, all, height, width, total, threads);
-    for (const Step* s = block->step; s < block->step + block->steps; ++s) {
-      const Layout layout = {height, width, s->kernel, s->stride, s->padding};
-      height = layout.out_height, width = layout.out_width;
+// Whether a result may take the place of the input, which has been read by then: it is added to it, and made from what
+// only the first of several convolutions reads.
+bool in_place(const Block& block) { return block.adds && block.steps > 1; }
+
+// Images side by side through blocks; of the first, the shortcut is given.
+void run_blocks(const Block* blocks, int64_t count, std::vector<Work> all, Size size, int64_t threads) {
+  static thread_local std::vector<Scratch> between;  // two for each image
+  between.resize(std::max(between.size(), 2 * all.size()));
+  int64_t moves = 0;  // results to come in places of their own
+  for (int64_t b = 1; b < count; ++b) moves += !in_place(blocks[b]);
+  std::vector<float*> ends;
+  for (const Work& work : all) ends.push_back(work.out);
+  for (int64_t b = 0; b < count; ++b) {
+    const Size behind = size.behind(blocks[b]);
+    if (b) moves -= !in_place(blocks[b]);
+    for (size_t i = 0; i < all.size(); ++i) {
+      Work& work = all[i];
+      if (b) work.image = work.out;
+      if (b) work.shortcut = blocks[b].adds ? work.image : nullptr;
+      if (!b || !in_place(blocks[b])) work.out = moves ? between[2 * i + moves % 2].need(behind.values()) : ends[i];
     }
-    for (Work& work : all) work.image = work.shortcut = work.out;
+    run_block(blocks[b], all, size, threads);
+    size = behind;
   }
 }
 
 // Whether a block's weights are so large that images should share them while they are near.
 bool is_large(const Block& block) {
   return std::any_of(block.step, block.step + block.steps, [](const Step& s) {
-    return s.kernel == 3 && !s.depthwise && s.rows * s.columns * 9 > FAR;
+    return s.kernel == 3 && s.kind == CONVOLUTION && s.rows * s.columns * 9 > FAR;
   });
 }
 
@@ -201,19 +301,31 @@ void gathered_depthwise(const float* images, const float* weight, const float* b
   });
 }
 
-// images (batch, features, height, width) of the first block; shortcut and out (batch, total values).
+// images (batch, features, height, width) of the first block; shortcut, or null, and out as its and the last one's
+// results. Blocks with large weights and others take turns: the former run several images at once, the latter each image
+// while it is in the cache.
 void gathered_blocks(const Block* blocks, int64_t count, const float* images, const float* shortcut, float* out,
-                     int64_t batch, int64_t height, int64_t width, int64_t total, int64_t threads) {
+                     int64_t batch, int64_t height, int64_t width, int64_t threads) {
   if (!batch) return;
-  const int64_t image = blocks->features * height * width, turns = (batch + threads * GROUP - 1) / (threads * GROUP);
-  const bool shared = std::any_of(blocks, blocks + count, is_large);
-  const int64_t group = shared ? (batch + threads * turns - 1) / (threads * turns) : 1;  // as many for each thread
-  each_image((batch + group - 1) / group, threads, [&](int64_t g, int64_t share) {
-    std::vector<Work> works;
-    for (int64_t i = g * group; i < std::min(batch, (g + 1) * group); ++i)
-      works.push_back({images + i * image, shortcut + i * total, out + i * total});
-    run_blocks(blocks, count, std::move(works), height, width, total, share);
-  });
+  static thread_local Scratch turns[2];
+  Size size = {blocks->features, height, width};
+  for (int64_t begin = 0, end, turn = 0; begin < count; begin = end, ++turn) {
+    const bool shared = is_large(blocks[begin]);
+    Size behind = size;
+    for (end = begin; end < count && is_large(blocks[end]) == shared; ++end) behind = behind.behind(blocks[end]);
+    const int64_t step = size.values(), to = behind.values(), added = size.behind(blocks[begin]).values();
+    float* result = end < count ? turns[turn % 2].need(batch * to) : out;
+    const float* adds = begin && blocks[begin].adds ? images : begin ? nullptr : shortcut;
+    const int64_t rounds = (batch + threads * GROUP - 1) / (threads * GROUP);
+    const int64_t group = shared ? (batch + threads * rounds - 1) / (threads * rounds) : 1;  // as many for each thread
+    each_image((batch + group - 1) / group, threads, [&](int64_t g, int64_t share) {
+      std::vector<Work> works;
+      for (int64_t i = g * group; i < std::min(batch, (g + 1) * group); ++i)
+        works.push_back({images + i * step, adds ? adds + i * added : nullptr, result + i * to});
+      run_blocks(blocks + begin, end - begin, std::move(works), size, share);
+    });
+    images = result, size = behind;
+  }
 }
 
 }  // extern "C"

@@ -52,7 +52,7 @@ def kernels() -> Kernels | None:
     ends: list[Any] = [REAL, REAL, NUMBER]
     library.gathered_conv.argtypes = [POINTER] * 7 + [NUMBER] * 9 + ends
     library.gathered_depthwise.argtypes = [POINTER] * 5 + [NUMBER] * 7 + ends
-    library.gathered_blocks.argtypes = [POINTER, NUMBER, *[POINTER] * 3, *[NUMBER] * 5]
+    library.gathered_blocks.argtypes = [POINTER, NUMBER, *[POINTER] * 3, *[NUMBER] * 4]
     library.gathered_narrow.argtypes, library.gathered_narrow.restype = [NUMBER], NUMBER
     found = (library.gathered_conv, library.gathered_depthwise, library.gathered_blocks)
     for function in found:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.branch import Place
-from gatefit.deployment.chain import ChainBlock, ChainBlocks, join_chains
+from gatefit.deployment.chain import ChainBlock, ChainBlocks
 from gatefit.deployment.dynamic import DynamicBlock, assemble
 from gatefit.deployment.gathered import GatheredBlock
 from gatefit.deployment.plan import BlockPlan
@@ -25,7 +25,7 @@ def gathered_network(
     What lies between them runs as `gatefit.deployment.stretches.with_fast_stretches` says; the engines that it chose
     stand in `.meta["engines"]`.
     """
-    network, chosen = with_fast_stretches(join_chains(assemble(gated, plans, _block)), batches, engines)
+    network, chosen = with_fast_stretches(assemble(gated, plans, _block), batches, engines)
     network.meta["engines"] = chosen
     return network
 

@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 from torch.nn.modules.conv import _ConvNd
 
-from gatefit.deployment.dynamic import HOLDER
+from gatefit.deployment.chain import ChainBlocks, join_chains
+from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.engines import Session, has_onnx, need_onnx
-from gatefit.deployment.gathered import with_gathered_convs
+from gatefit.deployment.gathered import GatheredBlock
 from gatefit.deployment.native import torch_alone
 from gatefit.deployment.tune import milliseconds
 from gatefit.errors import DeployError
@@ -23,15 +24,11 @@ TORCH, ONNX = "torch", "onnxruntime"
 
 
 class TorchStretch(nn.Module):
-    """A stretch in PyTorch, its convolutions by gatefit's own kernels; what they leave of it runs on one thread.
-
-    Args:
-        stretch: changed.
-    """
+    """A stretch in PyTorch; what gatefit's own kernels leave of it runs on one thread."""
 
     def __init__(self, stretch: fx.GraphModule) -> None:
         super().__init__()
-        self.stretch = with_gathered_convs(stretch)
+        self.stretch = stretch
         self.heavy = any(isinstance(m, _ConvNd) for m in stretch.modules())
         """Whether PyTorch has convolutions left to run: all threads for these."""
 
@@ -95,7 +92,7 @@ class _Bare(nn.Module):
 def with_fast_stretches(
     deployed: fx.GraphModule, batches: Sequence[Tensor], engines: Sequence[str] | None = None
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """Run each stretch by gatefit's own kernels, or where that is faster, by ONNX Runtime.
+    """Run each stretch by gatefit's own kernels, in one call with the blocks around it; or by ONNX Runtime if faster.
 
     Args:
         deployed: from `gatefit.deployment.dynamic.assemble`, on the CPU; changed.
@@ -118,17 +115,19 @@ def with_fast_stretches(
         assert isinstance(stretch, fx.GraphModule)
         forms: dict[str, nn.Module] = {}
         if engine != ONNX:
-            forms[TORCH] = TorchStretch(copy.deepcopy(stretch))
+            forms[TORCH] = TorchStretch(join_chains(copy.deepcopy(stretch)))
         if engine != TORCH:
             need_onnx()
             forms |= _in_onnx(stretch, pairs[name][0])
         times = milliseconds(list(forms.values()), given) if len(forms) > 1 else [0.0]
         chosen.append(min(zip(times, forms, strict=True))[1])
-        split.set_submodule(name, forms[chosen[-1]])
-    for name, part in list(split.named_children()):
-        if isinstance(part, fx.GraphModule) and not any(n.startswith(HOLDER) for n, _ in part.named_children()):
-            split.set_submodule(name, TorchStretch(part))
-    return split, tuple(chosen)
+        if chosen[-1] == ONNX:
+            split.set_submodule(name, forms[ONNX])
+    joined = _split(join_chains(_inlined(split)))
+    for name, part in joined.named_children():
+        if isinstance(part, fx.GraphModule) and not any(isinstance(m, _RUNS) for m in part.modules()):
+            joined.set_submodule(name, TorchStretch(part))
+    return joined, tuple(chosen)
 
 
 def _in_onnx(stretch: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, nn.Module]:
@@ -139,16 +138,45 @@ def _in_onnx(stretch: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, nn.M
         return {}
 
 
-def _split(deployed: fx.GraphModule) -> fx.GraphModule:
-    """Each stretch as one module, between blocks."""
+_RUNS = (ChainBlocks, GatheredBlock, DynamicBlock, OnnxStretch)
+"""What runs by itself; a stretch is all that lies between two of these."""
+
+
+def _split(network: fx.GraphModule) -> fx.GraphModule:
+    """Each stretch as one module, and each of what lies between them."""
     parts: dict[fx.Node, int] = {}
     number = 0
-    for node in deployed.graph.nodes:
-        block = str(node.target).startswith(f"{HOLDER}.")
-        number += block
+    for node in network.graph.nodes:
+        runs = isinstance(module_of(network, node), _RUNS)
+        number += runs
         parts[node] = number
-        number += block
-    return split_module(deployed, deployed, parts.__getitem__)
+        number += runs
+    return split_module(network, network, parts.__getitem__)
+
+
+def _inlined(split: fx.GraphModule) -> fx.GraphModule:
+    """The reverse of `_split`; in place."""
+    graph = split.graph
+    for node in list(graph.nodes):
+        part = module_of(split, node)
+        if not isinstance(part, fx.GraphModule):
+            continue
+        inputs = [n for n in part.graph.nodes if n.op == "placeholder"]
+        copied = dict(zip(inputs, node.args, strict=True))
+        with graph.inserting_before(node):
+            result = graph.graph_copy(part.graph, copied)
+        for inner in part.graph.nodes:
+            if inner.op in ("call_module", "get_attr"):
+                copied[inner].target = f"{node.target}.{inner.target}"
+        if isinstance(result, tuple):
+            for user in list(node.users):
+                user.replace_all_uses_with(result[user.args[1]])
+                graph.erase_node(user)
+        else:
+            node.replace_all_uses_with(result)
+        graph.erase_node(node)
+    split.recompile()
+    return split
 
 
 def _inputs(split: fx.GraphModule, images: Sequence[Tensor]) -> dict[str, list[tuple[Any, ...]]]:
