@@ -19,17 +19,18 @@ from gatefit.deployment.branch import place_of
 from gatefit.deployment.chain import ChainBlock, ChainBlocks, PlainBlock, Pooling
 from gatefit.deployment.codebook import assign, choose_codebook, expected_units, most_frequent
 from gatefit.deployment.dynamic import DynamicBlock
-from gatefit.deployment.engines import BF16, OnnxNetwork, dense_engines, masked_onnx, packed
+from gatefit.deployment.engines import OnnxNetwork, masked_onnx, packed
 from gatefit.deployment.folder import load_deployed, write_deployment
 from gatefit.deployment.gathered import GatheredBlock, GatheredConv
 from gatefit.deployment.memory import held_by, peak_of
 from gatefit.deployment.native import kernels, threads, torch_alone
 from gatefit.deployment.native_network import gathered_network
-from gatefit.deployment.plan import BlockPlan, observe, plan_block
+from gatefit.deployment.originals import BF16, dense_engines
+from gatefit.deployment.plan import BlockPlan, never_closes, observe, plan_block
 from gatefit.deployment.prepack import PackedConv
 from gatefit.deployment.stretches import ONNX, TORCH, OnnxStretch, TorchStretch
 from gatefit.deployment.tune import forms_of
-from gatefit.deployment.what_if import set_share
+from gatefit.deployment.what_if import keep_open, set_share
 from gatefit.errors import DeployError
 from gatefit.fold import fold_batch_norms
 from gatefit.gates import gates_of
@@ -374,6 +375,21 @@ def test_a_whole_network_runs_in_one_call(threads, monkeypatch):
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+def test_gates_that_never_close_are_not_asked():
+    gated = gatefit.retrofit(Narrow(), torch.zeros(2, 32, 9, 9), "lc", "step", fill=True).eval()
+    [gate] = gates_of(gated).values()
+    for share_open in (True, False):
+        if not share_open:
+            gate.channel.bias.data[3] = -1.0
+        block = ChainBlock(gated, gate, place_of(gated, gate), BlockPlan(gate.of.name, True, None))
+        told, _, _ = block.told(kernels(), (32, 9, 9))
+        assert (told.gate_weight is None) == share_open and told.step[0].open_rows == 1 - share_open
+        x = torch.randn(2, 32, 9, 9)
+        with torch.no_grad():
+            assert same(ChainBlocks([block])(x, x), gated(x))
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
 def test_kernels_called_from_several_threads_and_after_a_fork():
     conv = GatheredConv(nn.Conv2d(32, 32, 3, padding=1))
     x = torch.randn(1, 32, 24, 24)
@@ -579,6 +595,15 @@ def test_a_deployment_in_a_folder(tmp_path):
         load_deployed(tmp_path)
     with pytest.raises(gatefit.GatefitError, match="no file"):
         load_deployed(tmp_path / "nowhere")
+
+
+def test_a_placebo_is_open_for_all_its_images_but_not_for_good():
+    gated = gatefit.retrofit(make("basic"), images(), "lc", "step").eval()
+    keep_open(gated, images(8))
+    gated(images(8))
+    for name, opened in opens_of(gated).items():
+        assert opened.block.all() and opened.channel.all()
+        assert not never_closes(gates_of(gated)[name])
 
 
 def test_what_if_reaches_its_share():

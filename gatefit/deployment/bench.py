@@ -9,8 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.deployment.engines import BF16, Run, dense_engines
+from gatefit.deployment.engines import Run
 from gatefit.deployment.memory import held_by, peak_of
+from gatefit.deployment.originals import BF16, dense_engines
 from gatefit.deployment.plan import share_of
 from gatefit.deployment.tune import milliseconds
 from gatefit.gates import gates_of

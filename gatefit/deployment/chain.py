@@ -14,7 +14,7 @@ from gatefit.deployment.branch import SHORTCUT, Place
 from gatefit.deployment.dynamic import Saliences
 from gatefit.deployment.gathered import OPEN, GatheredConv, gathered_way, need_kernels, with_gathered_convs
 from gatefit.deployment.native import NUMBER, POINTER, REAL, Kernels, threads
-from gatefit.deployment.plan import BlockPlan
+from gatefit.deployment.plan import BlockPlan, never_closes
 from gatefit.deployment.prepack import activation_of
 from gatefit.errors import DeployError
 from gatefit.gates import Gate, add_fill
@@ -152,6 +152,10 @@ class ChainBlock(nn.Module):
         self.saliences = Saliences(gate, replace(plan, skip=True, codebook=None))
         way = gathered_way(gated, gate, place)
         self.links = _chain(way)
+        self.open = never_closes(gate)
+        """Then there is nothing to ask the gates for."""
+        if self.open:
+            self.links = [replace(link, open_rows=False, open_columns=False, filled=False) for link in self.links]
         self.convs = nn.ModuleList(link.conv for link in self.links)
         self.fill = None if gate.fill is None else way.get_submodule("fill")
         self.bounds = (0.0 if place.relu is not None else -math.inf, math.inf)
@@ -167,7 +171,7 @@ class ChainBlock(nn.Module):
             aside, kept, _ = _steps(self.aside.links, run, shape)
         fill = None if self.fill is None else self.fill.get_parameter("weight").flatten(1).T.contiguous()
         block = _Block(
-            fc.weight.data_ptr(),
+            None if self.open else fc.weight.data_ptr(),
             fc.bias.data_ptr(),
             None if fill is None else fill.data_ptr(),
             None if fill is None else gate.lowered.data_ptr(),

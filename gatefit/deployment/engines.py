@@ -1,9 +1,6 @@
-"""What runs networks: plain PyTorch, PyTorch compiled, ONNX Runtime, OpenVINO."""
+"""What runs deployed networks: PyTorch, ONNX Runtime."""
 
-import copy
-import functools
 import importlib.util
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,19 +9,14 @@ from torch import Tensor, fx, nn
 
 from gatefit.deployment.branch import place_or_none
 from gatefit.deployment.dynamic import DynamicBlock, assemble
-from gatefit.deployment.gathered import with_gathered_convs
-from gatefit.deployment.native import kernels
 from gatefit.deployment.plan import BlockPlan
 from gatefit.deployment.prepack import prepack
 from gatefit.errors import DeployError
-from gatefit.fold import fold_batch_norms
 from gatefit.gates import gates_of
 
 Network = TypeVar("Network", bound=nn.Module)
 Run = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) to predictions (B, classes)."""
-BF16 = "inductor, bf16"
-"""Computes something else, with less precision: it is timed for the record."""
 
 
 def has_onnx() -> bool:
@@ -130,54 +122,3 @@ def masked_onnx(gated: fx.GraphModule, image: Tensor) -> bytes:
     plans = {name: (BlockPlan(name, False, None), place_or_none(gated, gate)) for name, gate in gates_of(gated).items()}
     model: bytes = to_onnx(assemble(gated, plans), image).SerializeToString()
     return model
-
-
-def dense_engines(original: nn.Module, images: Tensor) -> dict[str, Callable[[], Run]]:
-    """What makes the original's fastest forms for batches of the shape of `images`, by name."""
-    folded = fold_batch_norms(original, images).eval().requires_grad_(False)
-    engines: dict[str, Callable[[], Run]] = {
-        "torch": lambda: copy.deepcopy(folded).to(memory_format=torch.channels_last),
-        "torch, packed": lambda: packed(copy.deepcopy(folded)),
-        "inductor": lambda: _compiled(folded),
-    }
-    if kernels() is not None:
-        engines["torch, gathered"] = lambda: with_gathered_convs(copy.deepcopy(folded))
-    if has_onnx():
-        program = torch.onnx.export(folded, (images,), dynamo=True, verbose=False)
-        assert program is not None
-        # Written ahead: what exporting leaves in memory is not the network's.
-        engines["onnxruntime"] = functools.partial(Session, program.model_proto.SerializeToString())
-    if importlib.util.find_spec("openvino"):
-        engines["openvino"] = lambda: _in_openvino(folded, images)
-    engines[BF16] = lambda: _in_bf16(folded)
-    return engines
-
-
-def _in_bf16(network: nn.Module) -> Run:
-    compiled = _compiled(copy.deepcopy(network).to(torch.bfloat16))
-    return lambda x: compiled(x.to(torch.bfloat16)).float()
-
-
-def _in_openvino(network: nn.Module, images: Tensor) -> Run:
-    import openvino
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = openvino.convert_model(network, example_input=images)
-    wishes = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    wishes["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
-    request = openvino.Core().compile_model(model, "CPU", wishes).create_infer_request()
-    return lambda x: torch.from_numpy(request.infer({0: x.contiguous().numpy()})[0].copy())
-
-
-def _compiled(network: nn.Module) -> Run:
-    from torch._inductor import config
-
-    compiled = torch.compile(copy.deepcopy(network), dynamic=False)
-
-    def run(x: Tensor) -> Tensor:
-        with config.patch(freezing=True):
-            result: Tensor = compiled(x)
-        return result
-
-    return run

@@ -14,9 +14,10 @@ from gatefit.deployment import Backend, deploy, whole_batches
 from gatefit.deployment.bench import times
 from gatefit.deployment.branch import Place, place_or_none
 from gatefit.deployment.dynamic import assemble
-from gatefit.deployment.engines import OnnxNetwork, Run, dense_engines, masked_onnx, need_onnx, packed
+from gatefit.deployment.engines import OnnxNetwork, Run, masked_onnx, need_onnx, packed
 from gatefit.deployment.native import processor
 from gatefit.deployment.native_network import gathered_network
+from gatefit.deployment.originals import dense_engines
 from gatefit.deployment.plan import BlockPlan, Deployment, Taken
 from gatefit.errors import CheckpointError, DeployError
 from gatefit.files import read_json, write_atomically, write_json

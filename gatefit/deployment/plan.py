@@ -94,6 +94,11 @@ def never_runs(gate: Gate) -> bool:
     return gate.block is not None and not gate.block.weight.any() and bool((gate.block.bias <= 0).all())
 
 
+def never_closes(gate: Gate) -> bool:
+    """Whether no input whatever can close the block or one of its units: its gates are constant and open."""
+    return all(not fc.weight.any() and bool((fc.bias > 0).all()) for fc in gate.layers)
+
+
 def plan_block(
     gated: fx.GraphModule, gate: Gate, seen: Seen, masks: int, harvest: bool = False
 ) -> tuple[BlockPlan, Place | None]:

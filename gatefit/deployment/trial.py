@@ -12,7 +12,7 @@ from gatefit.data import some_images
 from gatefit.deployment import deploy
 from gatefit.deployment.bench import Row, Timing, bench
 from gatefit.deployment.engines import OnnxNetwork, Run, has_onnx
-from gatefit.deployment.what_if import set_share
+from gatefit.deployment.what_if import keep_open, set_share
 from gatefit.errors import DeployError
 from gatefit.models import build, input_spec, parse_reference
 from gatefit.surgery import retrofit
@@ -70,6 +70,8 @@ def _what_if(name: str, share: float) -> tuple[nn.Module, fx.GraphModule, Tensor
     gated = retrofit(model, torch.zeros(2, *shape), "lc", "step").eval()
     # Noise with a colour of its own for each image: without it all images look alike once they are pooled.
     images = torch.randn(IMAGES, *shape) + torch.randn(IMAGES, shape[0], 1, 1)
-    if share < 1:  # 1 is the placebo: gates that are always open, and nothing to gain
+    if share < 1:
         set_share(gated, images, share)
+    else:
+        keep_open(gated, images)
     return model, gated, images

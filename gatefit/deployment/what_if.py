@@ -1,5 +1,7 @@
 """Gates that close a wanted share without any training: what a conversion could gain, before it is paid for."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -40,6 +42,19 @@ def set_share(gated: fx.GraphModule, images: Tensor, share: float, masks: int = 
     return reached(high)
 
 
+@torch.no_grad()
+def keep_open(gated: fx.GraphModule, images: Tensor, seed: int = 0) -> None:
+    """A placebo: give a freshly retrofitted network gates that read their input and close for none of `images`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def set_gate(gate: Gate, args: tuple[Tensor, ...]) -> None:
+        value, weight = _direction(gate.pool(args[0]), generator)
+        for fc in gate.layers:
+            _set(fc, weight.expand_as(fc.weight), (1 - value.min()).expand_as(fc.bias))
+
+    _set_on_the_way(gated, images, set_gate)
+
+
 def _close(gated: fx.GraphModule, images: Tensor, closed: float, masks: int, seed: int) -> None:
     """Set each gate right before it runs, so that it sees what the ones before it left, and run the images."""
     generator = torch.Generator().manual_seed(seed)
@@ -53,6 +68,12 @@ def _close(gated: fx.GraphModule, images: Tensor, closed: float, masks: int, see
             value, weight = _direction(pooled, generator)
             _set_channels(gate, value, weight, closed, masks, generator)
 
+    _set_on_the_way(gated, images, set_gate)
+
+
+def _set_on_the_way(
+    gated: fx.GraphModule, images: Tensor, set_gate: Callable[[Gate, tuple[Tensor, ...]], None]
+) -> None:
     hooks = [gate.register_forward_pre_hook(set_gate) for gate in gates_of(gated).values()]
     try:
         gated(images)
