@@ -192,6 +192,13 @@ class Backends(StrEnum):
     onnx = "onnx"
 
 
+class Placements(StrEnum):
+    """Where gates run."""
+
+    sequential = "sequential"
+    parallel = "parallel"
+
+
 @app.command()
 def deploy(
     folder: Annotated[Path, typer.Argument(help="A folder that gatefit convert wrote.")],
@@ -200,6 +207,7 @@ def deploy(
     masks: Annotated[int, typer.Option(help="Masks of each block, at most.")] = 4,
     harvest: Annotated[bool, typer.Option("--harvest", help="Drop channels no calibration image opened.")] = False,
     batch: Annotated[int, typer.Option(help="Images at once that it is tuned for.")] = 1,
+    placement: Annotated[Placements, typer.Option(help="Gates first, or beside first layers.")] = Placements.sequential,
     out: Annotated[Path | None, typer.Option(help="The ONNX file; default DIR/model.onnx.")] = None,
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Skip unreadable images.")] = False,
 ) -> None:
@@ -210,7 +218,7 @@ def deploy(
         from gatefit.display import show_deployment
 
         opened = open_folder(folder, data, skip_corrupt)
-        rows = deploy_folder(folder, opened, backend.value, masks, harvest, batch, out)
+        rows = deploy_folder(folder, opened, backend.value, masks, harvest, batch, out, placement.value)
         show_deployment(Console(file=stdout, markup=False), rows)
 
 

@@ -113,9 +113,11 @@ def show_deployment(console: Console, deployment: Deployment) -> None:
     table = Table(title="blocks as deployed", title_justify="left")
     for name in ("block", "skipped", "masks", "channels of each", "because"):
         table.add_column(name, justify="left" if name in ("block", "because") else "right", overflow="fold")
+    beside = any(plan.parallel for plan in deployment.plans)
     for plan in deployment.plans:
         sizes = [] if plan.codebook is None else plan.codebook.sum(1).tolist()
-        why = plan.reason or ("" if plan.dynamic else "no dynamic form of it was faster")
+        first = "gates first: its first layer cannot run by itself" if beside and not plan.parallel else ""
+        why = plan.reason or first or ("" if plan.dynamic else "no dynamic form of it was faster")
         entries = " ".join(str(s) for s in sizes)
         table.add_row(plan.name, "yes" if plan.skip else "no", str(len(sizes) or "-"), entries or "-", why)
     console.print(table)

@@ -128,9 +128,10 @@ def test_deploy_and_bench(converted, tmp_path):
     assert all(r["macs_share"] >= 1 and r["max_abs_diff"] < 1e-4 for r in json.loads(placebo.stdout)["rows"])
     assert "--batch must be" in refused("bench", folder, "--batch", "x")
     assert "no file" in refused("deploy", tmp_path)
-    harvested = gatefit("deploy", folder, "--harvest", "--batch", "7")
+    harvested = gatefit("deploy", folder, "--harvest", "--batch", "7", "--placement", "parallel")
     assert harvested.exit_code == 0 and "answers as before on" in harvested.stdout, harvested.stderr
     assert "7 images: " in harvested.stdout
+    assert all(b["parallel"] for b in json.loads((folder / "deployment.json").read_text())["blocks"])
     (folder / "deployment.json").unlink()
 
 

@@ -14,8 +14,8 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gatefit
-from gatefit.cost import opens_of
-from gatefit.deployment.branch import place_of
+from gatefit.cost import costs_of, macs_per_image, opens_of
+from gatefit.deployment.branch import place_of, place_or_none
 from gatefit.deployment.chain import ChainBlock, ChainBlocks, PlainBlock, Pooling
 from gatefit.deployment.codebook import assign, choose_codebook, expected_units, most_frequent
 from gatefit.deployment.dynamic import DynamicBlock
@@ -86,6 +86,54 @@ def test_exact_for_images_outside_the_calibration_set(name, form, fill):
         assert same(deployed(others), wanted)
         assert same(torch.cat([deployed(x) for x in others.split(1)]), wanted)
         assert same(deployed(others.flip(0)), wanted.flip(0))
+
+
+@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", GATABLE)
+def test_the_parallel_placement_is_exact(name, form, fill):
+    gated = gated_network(name, form, fill)
+    if not any(place_or_none(gated, gate) for gate in gates_of(gated).values()):
+        with pytest.raises(gatefit.GatefitError, match="no block has a first layer"):
+            gatefit.deploy(gated, images(8), tuned=False, placement="parallel")
+        return
+    deployed = gatefit.deploy(gated, images(8), tuned=False, placement="parallel")
+    others = images(9, seed=5)
+    with torch.no_grad():
+        assert same(deployed(others), gated(others))
+        assert same(torch.cat([deployed(x) for x in others.split(1)]), gated(others))
+
+
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "inverted", "pre-activation", "squeeze-excite"])
+def test_in_the_parallel_placement_first_layers_run_whole(name):
+    """And nothing else that is closed: counted by torch's own counter, beside the closed form."""
+    gated = gated_network(name)
+    for gate in gates_of(gated).values():
+        gate.block.weight.data.fill_(1e-9)
+        gate.block.bias.data.fill_(1.0)
+        gate.channel.weight.data.zero_()
+        gate.channel.bias.data[::2] = -1.0
+    costs = costs_of(gated, tuple(images(1).shape[1:]))
+    for closed in (0, 1):
+        for gate in list(gates_of(gated).values())[:closed]:
+            gate.block.bias.data.fill_(-1.0)
+        with torch.no_grad():
+            gated(images(1))
+        opened = opens_of(gated)
+        for placement in ("sequential", "parallel"):
+            deployed = gatefit.deploy(gated, images(4), tuned=False, placement=placement)
+            assert all(plan.parallel == (placement == "parallel") for plan in deployed.meta["plans"])
+            assert macs(deployed) == float(macs_per_image(costs, opened, placement))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("placement", ["sequential", "parallel"])
+def test_deployed_on_cuda(placement):
+    gated = gated_network("basic").cuda()
+    deployed = gatefit.deploy(gated, images(8).cuda(), placement=placement)
+    with torch.no_grad():
+        for others in (images(9, seed=5).cuda(), images(1, seed=6).cuda()):
+            assert same(deployed(others), gated(others))
 
 
 @pytest.mark.parametrize("name", ["basic", "bottleneck", "inverted", "squeeze-excite"])
@@ -273,6 +321,11 @@ def test_a_branch_that_does_not_fit_its_shortcut():
     blocks = ChainBlocks([ChainBlock(gated, gate, place_of(gated, gate), BlockPlan(gate.of.name, True, None))])
     with pytest.raises(DeployError, match=r"gives \(4, 5, 5\) cannot be added"):
         blocks(torch.randn(1, 4, 9, 9), torch.randn(1, 4, 4, 4))
+    blocks.first.aside = PlainBlock([Pooling(2, 2, 0)])  # ends elsewhere on images of odd sizes
+    with torch.no_grad():
+        blocks(torch.randn(1, 4, 8, 8))
+    with pytest.raises(DeployError, match=r"gives \(4, 5, 5\) cannot be added"):
+        blocks(torch.randn(1, 4, 9, 9))
 
 
 def _check_narrow(network, channels, height, width, threads, batches=(1, 5)):
@@ -378,15 +431,21 @@ def test_a_whole_network_runs_in_one_call(threads, monkeypatch):
 def test_gates_that_never_close_are_not_asked():
     gated = gatefit.retrofit(Narrow(), torch.zeros(2, 32, 9, 9), "lc", "step", fill=True).eval()
     [gate] = gates_of(gated).values()
+    block_plan = BlockPlan(gate.of.name, True, None)
     for share_open in (True, False):
         if not share_open:
             gate.channel.bias.data[3] = -1.0
-        block = ChainBlock(gated, gate, place_of(gated, gate), BlockPlan(gate.of.name, True, None))
+        block = ChainBlock(gated, gate, place_of(gated, gate), block_plan)
         told, _, _ = block.told(kernels(), (32, 9, 9))
         assert (told.gate_weight is None) == share_open and told.step[0].open_rows == 1 - share_open
         x = torch.randn(2, 32, 9, 9)
         with torch.no_grad():
             assert same(ChainBlocks([block])(x, x), gated(x))
+    gate.channel.weight.data.fill_(1e-9)  # may close, but does not
+    gate.channel.bias.data.fill_(1.0)
+    x = torch.randn(3, 32, 16, 16)
+    with torch.no_grad():
+        assert same(ChainBlocks([ChainBlock(gated, gate, place_of(gated, gate), block_plan)])(x, x), gated(x))
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
@@ -505,6 +564,10 @@ def test_nothing_to_deploy():
         gatefit.deploy(make("basic"), images())
     with pytest.raises(gatefit.GatefitError, match="calibration"):
         gatefit.deploy(gated_network("basic"), [])
+    with pytest.raises(gatefit.GatefitError, match="placement must be"):
+        gatefit.deploy(gated_network("basic"), images(), placement="beside")
+    with pytest.raises(gatefit.GatefitError, match="needs the backend 'torch'"):
+        gatefit.deploy(gated_network("basic"), images(), "onnx", placement="parallel")
     assert set(GATABLE) <= set(CASES)
 
 
@@ -579,18 +642,20 @@ def test_forms_of_a_block():
     assert len(forms_of(BlockPlan("b", False, None))) == 1
 
 
-def test_a_deployment_in_a_folder(tmp_path):
+@pytest.mark.parametrize("placement", ["sequential", "parallel"])
+def test_a_deployment_in_a_folder(tmp_path, placement):
     gated = gatefit.retrofit(timm.create_model("test_resnet").eval(), torch.zeros(2, 3, 32, 32), "lc", "step")
     for gate in gates_of(gated).values():
         for fc in gate.layers:
             torch.nn.init.normal_(fc.weight, std=3.0)
     calibration = torch.randn(8, 3, 32, 32)
-    deployed = gatefit.deploy(gated.eval(), calibration, tuned=False)
+    deployed = gatefit.deploy(gated.eval(), calibration, tuned=False, placement=placement)
     gatefit.save(gated, tmp_path)
     write_deployment(tmp_path, deployed.meta["plans"])
     with torch.no_grad():
         assert torch.equal(load_deployed(tmp_path)(calibration), deployed(calibration))
-    (tmp_path / "deployment.json").write_text('{"format": 3}')
+    assert all(p.parallel == (placement == "parallel") for p in load_deployed(tmp_path).meta["plans"])
+    (tmp_path / "deployment.json").write_text('{"format": 4}')
     with pytest.raises(gatefit.GatefitError, match="damaged"):
         load_deployed(tmp_path)
     with pytest.raises(gatefit.GatefitError, match="no file"):

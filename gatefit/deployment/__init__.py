@@ -2,11 +2,12 @@
 
 import statistics
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, fx
 
+from gatefit.cost import Placement
 from gatefit.deployment.bench import times
 from gatefit.deployment.dynamic import assemble
 from gatefit.deployment.engines import OnnxNetwork, need_onnx, onnx_blocks, onnx_network, packed, torch_blocks
@@ -32,6 +33,7 @@ def deploy(
     harvest: bool = False,
     tuned: bool = True,
     batch: int = 1,
+    placement: Placement = "sequential",
 ) -> fx.GraphModule | OnnxNetwork:
     """Turn a gated network into one that runs only what each image needs; its outputs stay the same.
 
@@ -47,6 +49,8 @@ def deploy(
             whole with codebooks and the whole with weights gathered for each image
             (`gatefit.deployment.native_network`); else every block has its codebook.
         batch: images at once that it is tuned for; "onnx" runs them one by one.
+        placement: "sequential": gates first. "parallel", of backend "torch" alone: the first layer of each branch runs
+            whole, on CUDA while the gates run on a stream of their own; blocks have codebooks (arXiv 2007.15151).
 
     Returns:
         (B, C, H, W) -> (B, classes); of backend "onnx" with the file's content as `.model`.
@@ -62,8 +66,12 @@ def deploy(
         raise DeployError(f"masks must be 1 or more, not {masks}")
     if backend not in ("torch", "onnx"):
         raise DeployError(f"backend must be 'torch' or 'onnx', not {backend!r}")
+    if placement not in get_args(Placement):
+        raise DeployError(f"placement must be 'sequential' or 'parallel', not {placement!r}")
     if backend == "onnx":
         need_onnx()
+        if placement == "parallel":
+            raise DeployError("the parallel placement needs the backend 'torch'")
     if batch < 1:
         raise DeployError(f"batch must be 1 or more, not {batch}")
     training = gated.training
@@ -74,17 +82,20 @@ def deploy(
         layout, build = (
             (torch.contiguous_format, onnx_blocks) if backend == "onnx" else (torch.channels_last, torch_blocks)
         )
-        tried = tune(gated, seen, [b.to(memory_format=layout) for b in batches], build, masks, harvest)
+        tried = tune(gated, seen, [b.to(memory_format=layout) for b in batches], build, masks, harvest, placement)
         plans = {name: (plan, place) for name, (plan, place, _) in tried.items()}
     else:
-        plans = {name: plan_block(gated, gate, seen[name], masks, harvest) for name, gate in gates.items()}
+        plans = {name: plan_block(gated, gate, seen[name], masks, harvest, placement) for name, gate in gates.items()}
+    if placement == "parallel" and not any(plan.parallel for plan, _ in plans.values()):
+        raise DeployError("no block has a first layer that can run beside its gates; use the sequential placement")
     deployed = assemble(gated, plans)
     deployed.meta["plans"] = tuple(plan for plan, _ in plans.values())
     gated.train(training)
     if backend == "onnx":
         return onnx_network(deployed, images[0][:1])
     forms = [packed(deployed)]
-    if tuned and not harvest and next(gated.parameters()).device.type == "cpu" and kernels() is not None:
+    gathers = tuned and not harvest and placement == "sequential"
+    if gathers and next(gated.parameters()).device.type == "cpu" and kernels() is not None:
         forms.append(gathered_network(gated, plans, batches))
         engines = forms[-1].meta["engines"]
         if ONNX in engines:

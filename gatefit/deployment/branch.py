@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gatefit.blocks import ChannelUnits
+from gatefit.deployment.activations import activation_of
 from gatefit.errors import DeployError
 from gatefit.gates import Gate, add_fill, harden, scale
 from gatefit.graph import module_of
@@ -18,6 +19,21 @@ SHORTCUT = "shortcut"
 INPUTS = ("entry", SHORTCUT, "whole", "channel", "left")
 """What a way is given: the block's input, what its branch is added to, both saliences, and what closed units were
 predicted to be."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What of a branch runs whole beside the gates in the parallel placement.
+
+    That is its first layer, what that one needs, and what shapes its result channel by channel.
+    """
+
+    nodes: frozenset[fx.Node]
+    output: fx.Node
+    """The only one of them that the rest of the branch reads."""
+    axis: int | None
+    """Of its result, on which units have `per_unit` entries each; None: none of them is a unit's."""
+    per_unit: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,8 @@ class Place:
     """The ReLU that is all that reads the sum, if there is one."""
     region: frozenset[fx.Node]
     """All nodes that only the branch needs: its own, and those that apply the saliences."""
+    ahead: Ahead | None
+    """None: the rest of the branch reads something else too."""
 
 
 def place_of(gated: fx.GraphModule, gate: Gate) -> Place:
@@ -59,7 +77,8 @@ def place_of(gated: fx.GraphModule, gate: Gate) -> Place:
     if outside or shortcut in region:
         raise DeployError(f"its branch reads {', '.join(sorted(n.name for n in outside))} besides its input")
     assert isinstance(call.args[0], fx.Node)
-    return Place(call, call.args[0], add, output, shortcut, _relu_behind(gated, add), frozenset(region))
+    relu, whole = _relu_behind(gated, add), frozenset(region)
+    return Place(call, call.args[0], add, output, shortcut, relu, whole, _ahead(gated, gate, call.args[0], whole))
 
 
 def place_or_none(gated: fx.GraphModule, gate: Gate) -> Place | None:
@@ -68,6 +87,34 @@ def place_or_none(gated: fx.GraphModule, gate: Gate) -> Place | None:
         return place_of(gated, gate)
     except DeployError:
         return None
+
+
+def _ahead(gated: fx.GraphModule, gate: Gate, entry: fx.Node, region: frozenset[fx.Node]) -> Ahead | None:
+    first = next((layer for layer in gate.of.layers if layer.first), None)
+    last = next((n for n in region if first is not None and n.name == first.node), None)
+    if last is None:
+        return None
+    nodes: set[fx.Node] = set()
+    needed = [last]
+    while needed:
+        nodes.add(needed.pop())
+        needed += [n for node in nodes for n in node.all_input_nodes if n in region and n not in nodes]
+    while len(last.users) == 1 and _shapes_channels(gated, user := next(iter(last.users))):
+        nodes.add(last := user)
+    outside = {n for node in region - nodes for n in node.all_input_nodes}
+    if outside & ((nodes - {last}) | {entry}):
+        return None
+    assert first is not None
+    if gate.channel is None or gate.of.gated is None or not first.scaled:
+        return Ahead(frozenset(nodes), last, None, 1)
+    rows = [p for p in gate.of.gated.slices if p.tensor == f"{first.name}.weight" and p.axis == 0]
+    axis = 1 if operator.attrgetter(f"{first.name}.weight")(gated).dim() > 2 else -1  # of images; of tokens
+    return Ahead(frozenset(nodes), last, axis, rows[0].per_unit) if rows else None
+
+
+def _shapes_channels(gated: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether it is a batch norm or an activation."""
+    return isinstance(module_of(gated, node), nn.modules.batchnorm._BatchNorm) or activation_of(gated, node) is not None
 
 
 def _relu_behind(gated: fx.GraphModule, add: fx.Node) -> fx.Node | None:
@@ -84,8 +131,11 @@ def cut(
     keep: Tensor | None = None,
     block_mask: bool = True,
     channel_mask: bool = True,
+    parallel: bool = False,
 ) -> fx.GraphModule:
     """The block as a network of its own, its branch with the units `keep` alone (int64 indices; None: all).
+
+    In the parallel placement it is given, instead of the block's input, what `cut_ahead` made of it.
 
     Without `block_mask` or `channel_mask` it is for images whose saliences are all 1 for what is left of the branch.
     It takes `INPUTS` (None for what the gate does not have) and returns the sum, behind its ReLU if `place` has one.
@@ -100,12 +150,19 @@ def cut(
         left = graph.call_module("fill", (left,))
     if keep is not None:
         channel = graph.call_function(torch.index_select, (channel, 1, graph.get_attr("keep")))
+    ahead = place.ahead if parallel else None
     copied: dict[fx.Node, fx.Node] = {place.entry: entry}
+    if ahead is not None:
+        copied[ahead.output] = entry
+        if keep is not None and ahead.axis is not None:
+            units = graph.get_attr("keep_ahead")
+            copied[ahead.output] = graph.call_function(torch.index_select, (entry, ahead.axis, units))
+    region = place.region - (ahead.nodes if ahead is not None else frozenset())
     saliences = {user: int(user.args[1]) for user in place.gate.users}  # type: ignore[arg-type]
     for user, part in saliences.items():
         copied[user] = (whole, channel, left)[part]
     for node in gated.graph.nodes:
-        if node in place.region:
+        if node in region:
             whole_block = node.target is scale and saliences.get(node.all_input_nodes[1]) == 0
             if node.target is scale and not (block_mask if whole_block else channel_mask):
                 copied[node] = copied[node.all_input_nodes[0]]
@@ -115,21 +172,36 @@ def cut(
                 _choose_factors(graph, copied, gate, node)
     total = graph.call_function(torch.add, (copied[place.output], shortcut))
     graph.output(total if place.relu is None else graph.call_function(F.relu, (total,)))
-    read = [str(n.target) for n in place.region if n.op in ("call_module", "get_attr")]
+    read = [str(n.target) for n in region if n.op in ("call_module", "get_attr")]
     pieces: dict[str, Any] = {target: copy.deepcopy(operator.attrgetter(target)(gated)) for target in read}
     if gate.fill is not None:
         pieces["fill"] = copy.deepcopy(gate.fill)
     if keep is not None:
         assert gate.of.gated is not None
         pieces["keep"] = keep
+        if ahead is not None:
+            pieces["keep_ahead"] = _entries(keep, ahead.per_unit)
         pieces |= {f"keep_{f.node}": _entries(keep, f.per_unit) for f in gate.of.gated.factors}
     way = fx.GraphModule(pieces, graph)
     if keep is not None:
         assert gate.of.gated is not None
-        _shrink(way, gate.of.gated, keep)
+        _shrink(way, gate.of.gated, keep, set(read))
     way.graph.eliminate_dead_code()
     way.recompile()
     return way.eval()
+
+
+def cut_ahead(gated: fx.GraphModule, place: Place) -> fx.GraphModule:
+    """What of the branch runs whole in the parallel placement, from the block's input; its weights are copies."""
+    assert place.ahead is not None
+    graph = fx.Graph()
+    copied = {place.entry: graph.placeholder("entry")}
+    for node in gated.graph.nodes:
+        if node in place.ahead.nodes:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.output(copied[place.ahead.output])
+    read = [str(n.target) for n in place.ahead.nodes if n.op in ("call_module", "get_attr")]
+    return fx.GraphModule({t: copy.deepcopy(operator.attrgetter(t)(gated)) for t in read}, graph).eval()
 
 
 def _choose_factors(graph: fx.Graph, copied: dict[fx.Node, fx.Node], gate: Gate, node: fx.Node) -> None:
@@ -149,12 +221,14 @@ def _entries(keep: Tensor, per_unit: int) -> Tensor:
 
 
 @torch.no_grad()
-def _shrink(root: nn.Module, units: ChannelUnits, keep: Tensor) -> None:
-    """Index every tensor that has a place for each unit, and tell its module."""
+def _shrink(root: nn.Module, units: ChannelUnits, keep: Tensor, present: set[str]) -> None:
+    """Index every tensor that has a place for each unit, and tell its module; of those that are `present` in it."""
     if units.opaque:
         raise DeployError("something in it has to be given closed channels too, as zeros")
     for piece in units.slices:
         path, _, name = piece.tensor.rpartition(".")
+        if not any(piece.tensor == p or piece.tensor.startswith(f"{p}.") for p in present):
+            continue
         module = root.get_submodule(path)
         tensor = getattr(module, name)
         if path == units.target and getattr(module, "groups", 1) > 1:

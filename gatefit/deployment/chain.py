@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from gatefit.deployment.activations import activation_of
 from gatefit.deployment.branch import SHORTCUT, Place
 from gatefit.deployment.dynamic import Saliences
 from gatefit.deployment.gathered import OPEN, GatheredConv, gathered_way, need_kernels, with_gathered_convs
 from gatefit.deployment.native import NUMBER, POINTER, REAL, Kernels, threads
 from gatefit.deployment.plan import BlockPlan, never_closes
-from gatefit.deployment.prepack import activation_of
 from gatefit.errors import DeployError
 from gatefit.gates import Gate, add_fill
 from gatefit.graph import module_of
@@ -83,7 +83,7 @@ class Link:
         weight, conv = self.conv.weight.detach(), self.conv
         out, into, *size = weight.shape
         plain = not conv.depthwise and (*size, conv.stride, conv.padding) == (3, 3, 1, 1)
-        if not plain or self.open_rows or out % LANES:
+        if not plain or out % LANES:
             return None
         return weight.view(-1, LANES, into, 9).permute(2, 0, 3, 1).contiguous()
 
@@ -168,7 +168,8 @@ class ChainBlock(nn.Module):
         steps, pointed, result = _steps(self.links, run, shape)
         aside = kept = None
         if self.aside is not None:
-            aside, kept, _ = _steps(self.aside.links, run, shape)
+            aside, kept, made = _steps(self.aside.links, run, shape)
+            need_shape(result, made)
         fill = None if self.fill is None else self.fill.get_parameter("weight").flatten(1).T.contiguous()
         block = _Block(
             None if self.open else fc.weight.data_ptr(),
@@ -211,9 +212,8 @@ class ChainBlocks(nn.Module):
         told = self._told  # kept while the kernel reads it, whatever other threads do
         if told is None or told[1] != x.shape[2:]:
             told = self._told = self._tell(run, x)
-        if shortcut is not None and shortcut.shape[1:] != told[2]:
-            given = tuple(shortcut.shape[1:])
-            raise DeployError(f"a branch that gives {told[2]} cannot be added to a shortcut of {given}")
+        if shortcut is not None:
+            need_shape(told[2], tuple(shortcut.shape[1:]))
         x, shortcut = x.contiguous(), None if shortcut is None else shortcut.contiguous()
         result = x.new_empty(len(x), *told[3])
         places = (x.data_ptr(), None if shortcut is None else shortcut.data_ptr(), result.data_ptr())
@@ -240,6 +240,12 @@ class ChainBlocks(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Addresses hold for these weights alone.
         return {**self.__dict__, "_told": None}
+
+
+def need_shape(branch: Shape, shortcut: tuple[int, ...]) -> None:
+    """Raise DeployError unless both are alike."""
+    if branch != shortcut:
+        raise DeployError(f"a branch that gives {branch} cannot be added to a shortcut of {shortcut}")
 
 
 def join_chains(network: fx.GraphModule) -> fx.GraphModule:

@@ -1,14 +1,15 @@
 """A deployed network in PyTorch: samples that need the same of a block run together, nothing else is computed."""
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.deployment.branch import INPUTS, Place, cut
+from gatefit.deployment.activations import activation_of
+from gatefit.deployment.branch import INPUTS, Place, cut, cut_ahead
 from gatefit.deployment.plan import BlockPlan, never_runs
-from gatefit.deployment.prepack import activation_of
 from gatefit.fold import fold_in_place
 from gatefit.gates import Gate, gates_of
 
@@ -104,16 +105,38 @@ class DynamicBlock(nn.Module):
         self.bare = [not reads_saliences(way) for way in ways]
         self.after = nn.ReLU() if place.relu is not None else nn.Identity()
         """Behind the sum, for images that leave the branch out."""
+        self.ahead = fold_in_place(cut_ahead(gated, place)) if plan.parallel else None
+        """What runs beside the gates; None: nothing does."""
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """Add the branch of x, (B, ...), to the shortcut, (B, ...), and apply what comes right behind."""
-        logits = self.saliences.logits(x)
-        chosen = self.saliences.chosen(logits)
+        if self.ahead is None:
+            logits = self.saliences.logits(x)
+            chosen = self.saliences.chosen(logits)
+        else:
+            logits, chosen, x = self._beside(self.ahead, x)
         return (
             self._sorted(chosen, logits, x, shortcut)
             if len(set(chosen)) > 1
             else self._run(chosen[0], logits, x, shortcut)
         )
+
+    def _beside(self, ahead: fx.GraphModule, x: Tensor) -> tuple[Tensor, list[int], Tensor]:
+        """Logits and chosen ways, while what runs ahead makes of x what the ways are given."""
+        if x.device.type != "cuda":
+            entry = ahead(x)
+            logits = self.saliences.logits(x)
+            return logits, self.saliences.chosen(logits), entry
+        here, beside = torch.cuda.current_stream(x.device), _side_stream(x.device)
+        beside.wait_stream(here)  # for x, and not for what is made of it next
+        entry = ahead(x)
+        with torch.cuda.stream(beside):
+            logits = self.saliences.logits(x)
+            chosen = self.saliences.chosen(logits)  # waits for the gates alone
+        here.wait_stream(beside)
+        x.record_stream(beside)
+        logits.record_stream(here)
+        return logits, chosen, entry
 
     def _run(self, index: int, logits: Tensor, x: Tensor, shortcut: Tensor) -> Tensor:
         result: Tensor
@@ -134,6 +157,12 @@ class DynamicBlock(nn.Module):
         return result
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the gates of all blocks, which take turns."""
+    return torch.cuda.Stream(device)
+
+
 def reads_saliences(way: fx.GraphModule) -> bool:
     """Whether a way needs to be given saliences, or what is left behind."""
     return any(n.users for n in way.graph.nodes if n.op == "placeholder" and n.target in INPUTS[2:])
@@ -143,12 +172,12 @@ def ways_of(gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) ->
     """The way for each entry of the codebook, batch norms folded."""
     hard = gate.form == "step" and plan.skip  # the block's salience is then 1 where the branch runs
     if plan.codebook is None:
-        return [fold_in_place(cut(gated, gate, place, block_mask=not hard))]
+        return [fold_in_place(cut(gated, gate, place, block_mask=not hard, parallel=plan.parallel))]
     ways = []
     for index, entry in enumerate(plan.codebook):
         exact = plan.exact and index < len(plan.codebook) - 1
         keep = None if entry.all() else entry.nonzero()[:, 0]
-        ways.append(fold_in_place(cut(gated, gate, place, keep, not hard, not exact)))
+        ways.append(fold_in_place(cut(gated, gate, place, keep, not hard, not exact, plan.parallel)))
     return ways
 
 

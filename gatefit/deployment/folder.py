@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.convert import Opened
+from gatefit.cost import Placement
 from gatefit.data import some_images
 from gatefit.deployment import Backend, deploy, whole_batches
 from gatefit.deployment.bench import times
@@ -25,7 +26,7 @@ from gatefit.gates import gates_of
 from gatefit.store import load
 
 FILE = "deployment.json"
-FORMAT = 3
+FORMAT = 4
 CALIBRATION = 256
 """Training images that masks are chosen by; where channels are harvested, as many others are compared."""
 ROUNDS = 12
@@ -74,6 +75,7 @@ def write_deployment(
             "skip": p.skip,
             "exact": p.exact,
             "reason": p.reason,
+            "parallel": p.parallel,
             "codebook": None if p.codebook is None else [e.nonzero()[:, 0].tolist() for e in p.codebook],
         }
         for p in plans
@@ -119,6 +121,7 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.Grap
                 _codebook(block["codebook"], gate.of.units),
                 block["exact"],
                 block["reason"],
+                block["parallel"],
             )
             plans[plan.name] = (plan, place_or_none(gated, gate))
         if content["engines"] is None:
@@ -144,7 +147,14 @@ def _codebook(entries: list[list[int]] | None, units: int) -> Any:
 
 
 def deploy_folder(
-    folder: Path, opened: Opened, backend: Backend, masks: int, harvest: bool, batch: int, out: Path | None
+    folder: Path,
+    opened: Opened,
+    backend: Backend,
+    masks: int,
+    harvest: bool,
+    batch: int,
+    out: Path | None,
+    placement: Placement = "sequential",
 ) -> Deployment:
     """Deploy what `convert` wrote, and write the deployment beside it.
 
@@ -156,7 +166,7 @@ def deploy_folder(
     images, others = images[:CALIBRATION], images[CALIBRATION:]
     if harvest and not len(others):
         raise DeployError(f"--harvest needs more than {CALIBRATION} training images, to see what it changes on others")
-    deployed = deploy(opened.gated, images, backend, masks, harvest=harvest, batch=batch)
+    deployed = deploy(opened.gated, images, backend, masks, harvest=harvest, batch=batch, placement=placement)
     if isinstance(deployed, OnnxNetwork):
         file = out or folder / "model.onnx"
         masked = masked_onnx(opened.gated, images[:1])

@@ -140,7 +140,7 @@ void run_step(const Step& step, const std::vector<Given>& all, const Layout& lay
     if (step.kind == MAX_POOLING) MaxPooling{it.image, it.out, it.count, layout}.run(threads);
     else if (step.kind == DEPTHWISE)
       DepthwiseConvolution{it.image, step.weight, it.bias, it.rows, it.out, it.count, layout, bounds}.run(threads);
-    else if (step.narrow)
+    else if (step.narrow && it.count == step.rows)
       narrow.push_back({it.image, step.narrow, it.bias, it.columns, it.added, it.out, it.channels, it.count, step.columns,
                         layout.height, layout.width, bounds});
     else

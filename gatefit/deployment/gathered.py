@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from gatefit.deployment.activations import PLAIN
 from gatefit.deployment.branch import Place, cut
 from gatefit.deployment.dynamic import Saliences, reads_saliences
 from gatefit.deployment.native import Kernels, kernels, threads
 from gatefit.deployment.plan import BlockPlan
-from gatefit.deployment.prepack import PLAIN, replace_convs
+from gatefit.deployment.prepack import replace_convs
 from gatefit.errors import DeployError
 from gatefit.fold import fold_in_place
 from gatefit.gates import Gate
@@ -33,7 +34,7 @@ class GatheredConv(nn.Module):
 
     Args:
         conv: not grouped or depthwise; not dilated, square, padded with zeros.
-        activation: a key of `gatefit.deployment.prepack.PLAIN`.
+        activation: a key of `gatefit.deployment.activations.PLAIN`.
     """
 
     every_row: Tensor

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from gatefit.cost import costs_of, macs_per_image, opens_of
+from gatefit.cost import Placement, costs_of, macs_per_image, opens_of
 from gatefit.deployment.branch import Place, cut, place_of
 from gatefit.deployment.codebook import choose_codebook, most_frequent
 from gatefit.errors import DeployError
@@ -28,6 +28,8 @@ class BlockPlan:
     """Whether an entry is taken only by images that open just its units, so that it needs no mask (steps alone)."""
     reason: str = ""
     """Why it runs whole and masked; empty where it does not."""
+    parallel: bool = False
+    """Whether its first layer runs whole, beside the gates."""
 
     @property
     def dynamic(self) -> bool:
@@ -100,18 +102,25 @@ def never_closes(gate: Gate) -> bool:
 
 
 def plan_block(
-    gated: fx.GraphModule, gate: Gate, seen: Seen, masks: int, harvest: bool = False
+    gated: fx.GraphModule,
+    gate: Gate,
+    seen: Seen,
+    masks: int,
+    harvest: bool = False,
+    placement: Placement = "sequential",
 ) -> tuple[BlockPlan, Place | None]:
     """The most dynamic form of a block; whether it pays is another question (see `gatefit.deployment.tune`).
 
     Args:
         harvest: take channels that no calibration image opened for ones that none ever will.
+        placement: "parallel" for blocks that have an `Ahead`; the others stay sequential.
     """
-    name = gate.of.name
+    name, whole = gate.of.name, gate.block is not None
     try:
         place = place_of(gated, gate)
     except DeployError as error:
         return BlockPlan(name, False, None, reason=str(error)), None
+    parallel = placement == "parallel" and place.ahead is not None
     codebook = None
     if gate.channel is not None:
         ran = seen.opens[seen.runs]
@@ -121,14 +130,14 @@ def plan_block(
         if not possible.any():
             possible[0] = True  # a layer without channels is none
         try:
-            cut(gated, gate, place, possible.nonzero()[:, 0])
+            cut(gated, gate, place, possible.nonzero()[:, 0], parallel=parallel)
         except DeployError as error:
-            return BlockPlan(name, gate.block is not None, None, reason=str(error)), place
+            return BlockPlan(name, whole, None, reason=str(error), parallel=parallel), place
         frequent, covered = most_frequent(ran, masks, possible)
         if gate.form == "step" and covered >= EXACT_SHARE:
-            return BlockPlan(name, gate.block is not None, frequent, exact=True), place
+            return BlockPlan(name, whole, frequent, exact=True, parallel=parallel), place
         codebook = choose_codebook(ran, masks, possible=possible)
-    return BlockPlan(name, gate.block is not None, codebook), place
+    return BlockPlan(name, whole, codebook, parallel=parallel), place
 
 
 def share_of(gated: fx.GraphModule, images: list[Tensor]) -> float:

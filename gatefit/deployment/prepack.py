@@ -10,22 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from gatefit.deployment.activations import PLAIN, activation_of
 from gatefit.deployment.branch import SHORTCUT
 from gatefit.graph import module_of
-
-PLAIN = {"none": nn.Identity, "relu": nn.ReLU, "hardtanh": nn.ReLU6, "swish": nn.SiLU, "hardswish": nn.Hardswish}
-"""Activations that are run with a convolution, by oneDNN's name ("hardtanh" has the bounds 0 and 6)."""
-_NAMES: dict[Any, str] = {kind: name for name, kind in PLAIN.items() if name != "none"} | {
-    F.relu: "relu",
-    torch.relu: "relu",
-    "relu": "relu",
-    F.relu6: "hardtanh",
-    F.silu: "swish",
-    F.hardswish: "hardswish",
-}
 
 
 class PackedConv(nn.Module):
@@ -120,9 +109,3 @@ def replace_convs(network: fx.GraphModule, make: Callable[[nn.Conv2d, str], nn.M
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def activation_of(network: fx.GraphModule, node: fx.Node) -> str | None:
-    """The key of `PLAIN` for an activation, None for another node."""
-    module = module_of(network, node)
-    return _NAMES.get(node.target if module is None else type(module))

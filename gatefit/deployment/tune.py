@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from gatefit.cost import Placement
 from gatefit.deployment.branch import Place
 from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.plan import BlockPlan, Seen, plan_block
@@ -49,6 +50,7 @@ def tune(
     build: BuildBlocks,
     masks: int,
     harvest: bool = False,
+    placement: Placement = "sequential",
 ) -> dict[str, tuple[BlockPlan, Place | None, tuple[Trial, ...]]]:
     """Time every form of every block and keep the fastest.
 
@@ -58,12 +60,13 @@ def tune(
         batches: some of them, (B, C, H, W) each.
         build: makes blocks runnable in the engine that is tuned for.
         masks: entries of a codebook, at most.
+        harvest, placement: see `gatefit.deployment.plan.plan_block`.
 
     Returns:
         By block name: the plan, its place (None: it cannot be cut out), and all that was tried.
     """
     gates = gates_of(gated)
-    planned = {name: plan_block(gated, gate, seen[name], masks, harvest) for name, gate in gates.items()}
+    planned = {name: plan_block(gated, gate, seen[name], masks, harvest, placement) for name, gate in gates.items()}
     inputs = _inputs(gated, {n: place for n, (_, place) in planned.items() if place is not None}, batches)
     forms = {n: forms_of(plan) for n, (plan, place) in planned.items() if place is not None}
     flat = [(n, form) for n, some in forms.items() for form in some]
