@@ -113,7 +113,8 @@ def report(content: dict[str, Any]) -> str:
         "half of the MACs (`gatefit bench MODEL --what-if 0.5`), or nothing (`--what-if 1`, a placebo); inputs are "
         "random. Each dynamic engine stands beside the fastest form of the original in the same run; times are medians "
         "of interleaved rounds. Realised is (1 - time share) / (1 - MACs share): 1 where all that is saved shows, "
-        "negative where the dynamic network is slower.\n\n"
+        "negative where the dynamic network is slower. What stands in one row was timed together; milliseconds of "
+        "different rows may be of different days, when the machine had more or less to itself.\n\n"
         f"Machine: {machine['processor']}, PyTorch {machine['torch']}, fp32.\n\n" + table(random)
     )
     if converted:

@@ -22,6 +22,7 @@ from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.engines import OnnxNetwork, masked_onnx, packed
 from gatefit.deployment.folder import load_deployed, write_deployment
 from gatefit.deployment.gathered import GatheredBlock, GatheredConv
+from gatefit.deployment.join import join_chains
 from gatefit.deployment.memory import held_by, peak_of
 from gatefit.deployment.native import kernels, threads, torch_alone
 from gatefit.deployment.native_network import gathered_network
@@ -394,6 +395,7 @@ class Whole(nn.Module):
         self.first, self.second = nn.Conv2d(24, 32, 3, 2, 1), nn.Conv2d(32, 144, 3, padding=1)
         self.large = nn.Sequential(Narrow(144, 144), Narrow(144, 144))
         self.small = nn.Sequential(nn.Conv2d(144, 16, 1), Narrow(16, 16))
+        self.twice = nn.MaxPool2d(2, 1)
 
     @staticmethod
     def separable(into, middle, out, stride):
@@ -401,7 +403,7 @@ class Whole(nn.Module):
         yield from (nn.ReLU(), nn.Conv2d(middle, out, 1))
 
     def forward(self, x):
-        x = self.between(self.narrow(self.stem(x)))
+        x = self.between(self.twice(self.narrow(self.twice(self.stem(x)))))
         x = (self.shortcut(x) + self.second(self.first(x).relu())).relu()
         return self.small(self.large(x)).mean((2, 3))
 
@@ -425,6 +427,28 @@ def test_a_whole_network_runs_in_one_call(threads, monkeypatch):
         for images in (x, x[:1], torch.randn(3, 3, 25, 34), torch.randn(37, 3, 33, 9), x[:0]):
             assert same(deployed(images), gated(images))
             assert same(copy.deepcopy(deployed)(images), gated(images))
+    with pytest.raises(DeployError, match="a layer for 3 channels is given 1"):
+        deployed(torch.randn(2, 1, 40, 40))
+    with pytest.raises(DeployError, match="too small for this network"):
+        deployed(torch.randn(2, 3, 3, 3))
+    with pytest.raises(DeployError, match="must be a batch"):
+        deployed(torch.randn(3, 40, 40))
+
+
+class SamePool(nn.MaxPool2d):
+    """As timm's: it pads by itself."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1), value=-torch.inf))
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+def test_only_plain_pooling_joins_a_chain():
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), SamePool(3, 2), nn.Conv2d(16, 8, 1), nn.MaxPool2d((2, 2), (1, 1)))
+    joined = join_chains(fx.symbolic_trace(network.eval(), concrete_args=None))
+    x = torch.randn(2, 3, 20, 20)
+    with torch.no_grad():
+        assert same(joined(x), network(x))
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")

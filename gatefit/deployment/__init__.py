@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from gatefit.cost import Placement
 from gatefit.deployment.bench import times
+from gatefit.deployment.branch import place_or_none
 from gatefit.deployment.dynamic import assemble
 from gatefit.deployment.engines import OnnxNetwork, need_onnx, onnx_blocks, onnx_network, packed, torch_blocks
 from gatefit.deployment.native import kernels
@@ -74,6 +75,8 @@ def deploy(
             raise DeployError("the parallel placement needs the backend 'torch'")
     if batch < 1:
         raise DeployError(f"batch must be 1 or more, not {batch}")
+    if placement == "parallel" and not any(p and p.ahead for p in (place_or_none(gated, g) for g in gates.values())):
+        raise DeployError("no block has a first layer that can run beside its gates; use the sequential placement")
     training = gated.training
     seen = observe(gated.eval(), images)
     batch = 1 if backend == "onnx" else batch
@@ -86,8 +89,6 @@ def deploy(
         plans = {name: (plan, place) for name, (plan, place, _) in tried.items()}
     else:
         plans = {name: plan_block(gated, gate, seen[name], masks, harvest, placement) for name, gate in gates.items()}
-    if placement == "parallel" and not any(plan.parallel for plan, _ in plans.values()):
-        raise DeployError("no block has a first layer that can run beside its gates; use the sequential placement")
     deployed = assemble(gated, plans)
     deployed.meta["plans"] = tuple(plan for plan, _ in plans.values())
     gated.train(training)

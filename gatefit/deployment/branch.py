@@ -102,7 +102,8 @@ def _ahead(gated: fx.GraphModule, gate: Gate, entry: fx.Node, region: frozenset[
     while len(last.users) == 1 and _shapes_channels(gated, user := next(iter(last.users))):
         nodes.add(last := user)
     outside = {n for node in region - nodes for n in node.all_input_nodes}
-    if outside & ((nodes - {last}) | {entry}):
+    batches = {n.meta["shape"][0] for n in (entry, last) if "shape" in n.meta}  # windows lie side by side in a batch
+    if outside & ((nodes - {last}) | {entry}) or len(batches) > 1:
         return None
     assert first is not None
     if gate.channel is None or gate.of.gated is None or not first.scaled:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from gatefit.deployment.activations import activation_of
 from gatefit.deployment.branch import SHORTCUT, Place
 from gatefit.deployment.dynamic import Saliences
-from gatefit.deployment.gathered import OPEN, GatheredConv, gathered_way, need_kernels, with_gathered_convs
+from gatefit.deployment.gathered import OPEN, GatheredConv, gathered_way, need_kernels
 from gatefit.deployment.native import NUMBER, POINTER, REAL, Kernels, threads
 from gatefit.deployment.plan import BlockPlan, never_closes
 from gatefit.errors import DeployError
@@ -104,7 +104,11 @@ class Pooling:
 
 
 def _behind(step: _Step, shape: Shape) -> Shape:
+    if shape[0] != step.columns * (step.rows if step.kind == DEPTHWISE else 1):
+        raise DeployError(f"a layer for {step.columns} channels is given {shape[0]}; check the images' shape")
     height, width = ((s + 2 * step.padding - step.kernel) // step.stride + 1 for s in shape[1:])
+    if min(height, width) < 1:
+        raise DeployError(f"images are too small for this network: nothing is left of {shape[1]} x {shape[2]} pixels")
     return step.rows, height, width
 
 
@@ -119,6 +123,9 @@ class PlainBlock(nn.Module):
         super().__init__()
         self.links = list(links)
         self.convs = nn.ModuleList(link.conv for link in self.links if isinstance(link, Link))
+
+    adds = False
+    """Whether what it gives is added to its input, or to a shortcut that is given."""
 
     def told(self, run: Kernels, shape: Shape) -> Told:
         """See `Told`."""
@@ -162,6 +169,11 @@ class ChainBlock(nn.Module):
         self.aside: PlainBlock | None = None
         """Makes the shortcut of the block's input; None: that is the input itself, or given."""
 
+    @property
+    def adds(self) -> bool:
+        """See `PlainBlock.adds`."""
+        return self.aside is None
+
     def told(self, run: Kernels, shape: Shape) -> Told:
         """See `Told`."""
         gate, fc = self.saliences.gate, self.saliences.fc
@@ -180,7 +192,7 @@ class ChainBlock(nn.Module):
             int(self.saliences.skip),
             fc.out_features - int(gate.block is not None),
             len(self.links),
-            int(aside is None),
+            int(self.adds),
             steps,
             aside,
             *self.bounds,
@@ -209,11 +221,13 @@ class ChainBlocks(nn.Module):
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Run x, (B, C, H, W) float32, through the first block, what it gives through the next, and so on."""
         run = need_kernels(x)
+        if x.dim() != 4:
+            raise DeployError(f"images must be a batch (B, C, H, W), not {tuple(x.shape)}")
         told = self._told  # kept while the kernel reads it, whatever other threads do
-        if told is None or told[1] != x.shape[2:]:
+        if told is None or told[1] != x.shape[1:]:
             told = self._told = self._tell(run, x)
-        if shortcut is not None:
-            need_shape(told[2], tuple(shortcut.shape[1:]))
+        if self.first.adds:
+            need_shape(told[2], () if shortcut is None else tuple(shortcut.shape[1:]))
         x, shortcut = x.contiguous(), None if shortcut is None else shortcut.contiguous()
         result = x.new_empty(len(x), *told[3])
         places = (x.data_ptr(), None if shortcut is None else shortcut.data_ptr(), result.data_ptr())
@@ -228,9 +242,11 @@ class ChainBlocks(nn.Module):
         for i, block in enumerate(self.blocks):
             assert isinstance(block, ChainBlock | PlainBlock)
             blocks[i], pointed, shape = block.told(run, shapes[-1])
+            if i and block.adds:
+                need_shape(shape, shapes[-1])
             kept.append(pointed)
             shapes.append(shape)
-        return blocks, x.shape[2:], shapes[1], shapes[-1], kept
+        return blocks, x.shape[1:], shapes[1], shapes[-1], kept
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ChainBlocks":
         self._told = None  # the weights may lie elsewhere now
@@ -246,68 +262,6 @@ def need_shape(branch: Shape, shortcut: tuple[int, ...]) -> None:
     """Raise DeployError unless both are alike."""
     if branch != shortcut:
         raise DeployError(f"a branch that gives {branch} cannot be added to a shortcut of {shortcut}")
-
-
-def join_chains(network: fx.GraphModule) -> fx.GraphModule:
-    """Run each convolution that the kernels know as a `ChainBlocks`, make one of all that follow each other; in place.
-
-    Two do if nothing else reads what is between them, but for the convolution that makes the second one's shortcut.
-    """
-    with_gathered_convs(network)
-    for node in network.graph.nodes:
-        link = _plain(module_of(network, node))
-        if link is not None and len(node.args) == 1:
-            network.set_submodule(str(node.target), ChainBlocks([PlainBlock([link])]))
-    for node in network.graph.nodes:
-        block = module_of(network, node)
-        if not isinstance(block, ChainBlocks):
-            continue
-        before, *shortcuts = node.args
-        former = module_of(network, before)
-        if shortcuts and shortcuts != [before] and (aside := _aside(network, node)) is not None:
-            assert isinstance(block.first, ChainBlock)
-            block.first.aside = aside
-            block = ChainBlocks(block.blocks)  # the former one may have told the kernels of itself
-            network.set_submodule(str(node.target), block)
-            node.args, made = (before,), shortcuts[0]
-            network.graph.erase_node(made)
-        elif shortcuts and shortcuts != [before]:
-            continue
-        if isinstance(former, ChainBlocks) and len(before.users) == 1:
-            network.set_submodule(str(node.target), _joined(former, block))
-            node.args = before.args
-            network.graph.erase_node(before)
-    network.delete_all_unused_submodules()
-    network.recompile()
-    return network
-
-
-def _plain(module: nn.Module | None) -> Link | Pooling | None:
-    """A convolution, or pooling, as part of a chain; None for what the kernels do not know."""
-    if isinstance(module, GatheredConv):
-        return Link(module, False, False, module.bounds) if isinstance(module.after, nn.Identity) else None
-    if not isinstance(module, nn.MaxPool2d) or module.ceil_mode or module.return_indices:
-        return None
-    sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in (module.kernel_size, module.stride, module.padding)]
-    square = all(h == w for h, w in sizes) and module.dilation in (1, (1, 1))
-    return Pooling(*(h for h, _ in sizes)) if square else None
-
-
-def _joined(former: ChainBlocks, latter: ChainBlocks) -> ChainBlocks:
-    last, first = former.blocks[-1], latter.first
-    if isinstance(last, PlainBlock) and isinstance(first, PlainBlock):
-        return ChainBlocks((*former.blocks[:-1], PlainBlock((*last.links, *first.links)), *latter.blocks[1:]))
-    return ChainBlocks((*former.blocks, *latter.blocks))
-
-
-def _aside(network: fx.GraphModule, node: fx.Node) -> PlainBlock | None:
-    """What makes the shortcut of a chain's first block of that block's input, and of nothing else."""
-    before, made = node.args
-    shortcut = module_of(network, made) if isinstance(made, fx.Node) else None
-    if not isinstance(shortcut, ChainBlocks) or made.args != (before,) or len(made.users) > 1:  # type: ignore[union-attr]
-        return None
-    plain = len(shortcut.blocks) == 1 and isinstance(shortcut.first, PlainBlock) and len(shortcut.first.links) == 1
-    return shortcut.first if plain else None  # type: ignore[return-value]
 
 
 def _chain(way: fx.GraphModule) -> list[Link]:

@@ -1,6 +1,7 @@
 // Gated blocks, and the convolutions they are made of, for batches of images; called from Python.
 
 #include "narrow.h"
+#include "planes.h"
 
 namespace {
 
@@ -264,9 +265,11 @@ void run_blocks(const Block* blocks, int64_t count, std::vector<Work> all, Size 
   }
 }
 
-// Whether a block's weights are so large that images should share them while they are near.
+// Whether a block's weights are so large that images should share them while they are near. What lies between blocks may
+// begin with maps of which several would fill the cache.
 bool is_large(const Block& block) {
-  return std::any_of(block.step, block.step + block.steps, [](const Step& s) {
+  const bool branch = block.adds || block.aside;
+  return branch && std::any_of(block.step, block.step + block.steps, [](const Step& s) {
     return s.kernel == 3 && s.kind == CONVOLUTION && s.rows * s.columns * 9 > FAR;
   });
 }

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("gathered.cpp", "narrow.h", "convolve.h", "threads.h"))
+FILES = ("gathered.cpp", "narrow.h", "planes.h", "convolve.h", "threads.h")
+SOURCES = tuple(Path(__file__).with_name(name) for name in FILES)
 OPTIMISED = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp-simd")
 FLAGS = (*OPTIMISED, "-pthread", "-fPIC", "-shared")
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float

@@ -10,10 +10,11 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 from torch.nn.modules.conv import _ConvNd
 
-from gatefit.deployment.chain import ChainBlocks, join_chains
+from gatefit.deployment.chain import ChainBlocks
 from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.engines import Session, has_onnx, need_onnx
 from gatefit.deployment.gathered import GatheredBlock
+from gatefit.deployment.join import join_chains
 from gatefit.deployment.native import torch_alone
 from gatefit.deployment.tune import milliseconds
 from gatefit.errors import DeployError
