@@ -115,6 +115,10 @@ def show_deployment(console: Console, deployment: Deployment) -> None:
         table.add_column(name, justify="left" if name in ("block", "because") else "right", overflow="fold")
     beside = any(plan.parallel for plan in deployment.plans)
     for plan in deployment.plans:
+        if plan.name in deployment.gathered:
+            skipped = "yes" if deployment.gathered[plan.name] else "no"
+            table.add_row(plan.name, skipped, "any", "-", "open units gathered for each image")
+            continue
         sizes = [] if plan.codebook is None else plan.codebook.sum(1).tolist()
         first = "gates first: its first layer cannot run by itself" if beside and not plan.parallel else ""
         why = plan.reason or first or ("" if plan.dynamic else "no dynamic form of it was faster")

@@ -10,12 +10,13 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
 from gatefit.cli import app
-from gatefit.deployment.plan import Deployment, Taken
+from gatefit.deployment.plan import BlockPlan, Deployment, Taken
 from gatefit.display import show_deployment
 
 ROOT = Path(__file__).parent.parent
@@ -138,8 +139,17 @@ def test_deploy_and_bench(converted, tmp_path):
 @pytest.mark.parametrize(("milliseconds", "slower"), [(2.0, False), (3.5, True)])
 def test_a_deployment_that_is_slower_than_the_original_says_so(milliseconds, slower):
     console = Console(file=StringIO(), markup=False)
-    show_deployment(console, Deployment((), None, Taken(1, milliseconds, 3.0, "onnxruntime")))
+    show_deployment(console, Deployment((), {}, None, Taken(1, milliseconds, 3.0, "onnxruntime")))
     assert ("note: slower than the original" in console.file.getvalue()) == slower
+
+
+def test_a_deployment_says_which_blocks_are_gathered():
+    console = Console(file=StringIO(), markup=False, width=120)
+    plans = tuple(BlockPlan(name, False, torch.ones(1, 4, dtype=torch.bool)) for name in ("a", "b"))
+    show_deployment(console, Deployment(plans, {"b": True}, None, None))
+    first, second = (line for line in console.file.getvalue().splitlines() if line.startswith(("│ a", "│ b")))
+    assert "no dynamic form of it was faster" in first and "gathered for each image" not in first
+    assert "open units gathered for each image" in second and "yes" in second
 
 
 def test_inspect():

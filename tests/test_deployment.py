@@ -25,7 +25,7 @@ from gatefit.deployment.gathered import GatheredBlock, GatheredConv
 from gatefit.deployment.join import join_chains
 from gatefit.deployment.memory import held_by, peak_of
 from gatefit.deployment.native import kernels, threads, torch_alone
-from gatefit.deployment.native_network import gathered_network
+from gatefit.deployment.native_network import gathered_blocks, gathered_network
 from gatefit.deployment.originals import BF16, dense_engines
 from gatefit.deployment.plan import BlockPlan, never_closes, observe, plan_block
 from gatefit.deployment.prepack import PackedConv
@@ -521,6 +521,8 @@ def test_what_lies_between_blocks_in_either_engine(name, tmp_path):
     for engine in (TORCH, ONNX):
         deployed = gathered_network(gated, plans, [images(1)], [engine] * count)
         assert set(deployed.meta["engines"]) == {engine}
+        every = {n: True for n in gates_of(gated)}
+        assert gathered_blocks(deployed) == ({} if name == "squeeze-excite" else every)  # codebooks serve that one
         assert sum(isinstance(m, OnnxStretch) for m in deployed.modules()) == (count if engine == ONNX else 0)
         for others in (images(9, seed=5), images(1, seed=6), torch.randn(2, 3, 24, 20)):
             with torch.no_grad():

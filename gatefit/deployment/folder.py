@@ -17,7 +17,7 @@ from gatefit.deployment.branch import Place, place_or_none
 from gatefit.deployment.dynamic import assemble
 from gatefit.deployment.engines import OnnxNetwork, Run, masked_onnx, need_onnx, packed
 from gatefit.deployment.native import processor
-from gatefit.deployment.native_network import gathered_network
+from gatefit.deployment.native_network import gathered_blocks, gathered_network
 from gatefit.deployment.originals import dense_engines
 from gatefit.deployment.plan import BlockPlan, Deployment, Taken
 from gatefit.errors import CheckpointError, DeployError
@@ -178,7 +178,8 @@ def deploy_folder(
         plans, engines = tuple(deployed.meta["plans"]), {"torch, packed", "torch, gathered", "onnxruntime"}
     agreement = _agreement(deployed, opened.gated, others)
     taken = None if opened.original is None else _taken(deployed, opened.original, images, batch, engines)
-    return Deployment(plans, agreement, taken)
+    gathered = gathered_blocks(deployed) if isinstance(deployed, fx.GraphModule) else {}
+    return Deployment(plans, gathered, agreement, taken)
 
 
 @torch.no_grad()

@@ -30,6 +30,12 @@ def gathered_network(
     return network
 
 
+def gathered_blocks(network: nn.Module) -> dict[str, bool]:
+    """Blocks of a deployed network that run just what each image opens, by name, and whether they are skipped."""
+    saliences = [m.saliences for m in network.modules() if isinstance(m, ChainBlock | GatheredBlock)]
+    return {s.gate.of.name: s.skip for s in saliences}
+
+
 def _block(gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> nn.Module:
     for kind in (_chained, GatheredBlock):
         try:

@@ -42,6 +42,9 @@ class Deployment:
     """What was made of a converted folder."""
 
     plans: tuple[BlockPlan, ...]
+    gathered: dict[str, bool]
+    """Blocks that run, with weights gathered for each image, just what it opens, whatever their plan; by name, whether
+    they are skipped."""
     agreement: float | None
     """Share of images that chose no channel which are answered as before; None: all of them, by construction."""
     taken: "Taken | None"
