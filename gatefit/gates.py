@@ -1,6 +1,6 @@
 """The two gates of a block and how their saliences are applied (LC-Net, arXiv 2007.15151)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -187,6 +187,16 @@ def gates_of(gated: nn.Module) -> dict[str, Gate]:
     if not found:
         raise GatefitError("this network has no gates; call gatefit.retrofit(model) first")
     return found
+
+
+def before_gates(gated: nn.Module, images: Tensor, call: Callable[[Gate, tuple[Tensor, ...]], None]) -> None:
+    """Run a retrofitted network once, and `call` with each gate and its inputs right before it runs."""
+    hooks = [gate.register_forward_pre_hook(call) for gate in gates_of(gated).values()]
+    try:
+        gated(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def outputs_of(gated: nn.Module) -> Iterator[tuple[Gate, GateOutputs]]:

@@ -52,6 +52,22 @@ def gated_network(name, form="step", fill=False, spread=1.0):
     return gated.eval()
 
 
+def plans_for(gated, x):
+    return {n: plan_block(gated, gates_of(gated)[n], seen, 4) for n, seen in observe(gated, [x]).items()}
+
+
+def in_our_kernels(network, *shape):
+    """A gated network whose gates open and close at random, six images, its plans, and deployed."""
+    torch.manual_seed(0)
+    gated = gatefit.retrofit(network(), torch.zeros(2, *shape), "lc", "step", fill=True).eval()
+    for gate in gates_of(gated).values():
+        torch.nn.init.normal_(gate.channel.weight, std=3.0)
+        torch.nn.init.normal_(gate.block.weight, std=3.0)
+    x = torch.randn(6, *shape)
+    plans = plans_for(gated, x)
+    return gated, x, plans, gathered_network(gated, plans, [x])
+
+
 def set_all(gated, value):
     with torch.no_grad():
         for gate in gates_of(gated).values():
@@ -265,7 +281,7 @@ def test_gathered_networks_are_exact(name, form, fill, monkeypatch):
     """Where a block cannot be gathered, its codebook serves."""
     monkeypatch.setattr("gatefit.deployment.stretches.has_onnx", lambda: False)
     gated = gated_network(name, form, fill)
-    plans = {n: plan_block(gated, gates_of(gated)[n], seen, 4) for n, seen in observe(gated, [images(8)]).items()}
+    plans = plans_for(gated, images(8))
     deployed = gathered_network(gated, plans, [images(8)])
     others = images(9, seed=5)
     with torch.no_grad():
@@ -362,15 +378,7 @@ class Chains(nn.Module):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_blocks_behind_each_other_run_in_one_call(threads, monkeypatch):
     monkeypatch.setattr("gatefit.deployment.stretches.has_onnx", lambda: False)
-    torch.manual_seed(0)
-    gated = gatefit.retrofit(Chains(), torch.zeros(2, 8, 9, 9), "lc", "step", fill=True).eval()
-    for gate in gates_of(gated).values():
-        torch.nn.init.normal_(gate.channel.weight, std=3.0)
-        torch.nn.init.normal_(gate.block.weight, std=3.0)
-    x = torch.randn(6, 8, 9, 9)
-    seen = observe(gated, [x])
-    plans = {n: plan_block(gated, gates_of(gated)[n], seen[n], 4) for n in seen}
-    deployed = gathered_network(gated, plans, [x])
+    gated, x, plans, deployed = in_our_kernels(Chains, 8, 9, 9)
     assert [len(m.blocks) for m in deployed.modules() if isinstance(m, ChainBlocks)] == [4, 1]
     with torch.no_grad(), running_on(threads):
         for images in (x, x[:1], torch.randn(3, 8, 5, 7)):
@@ -412,16 +420,8 @@ class Whole(nn.Module):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_whole_network_runs_in_one_call(threads, monkeypatch):
     monkeypatch.setattr("gatefit.deployment.stretches.has_onnx", lambda: False)
-    torch.manual_seed(0)
-    gated = gatefit.retrofit(Whole(), torch.zeros(2, 3, 40, 40), "lc", "step", fill=True).eval()
+    gated, x, _, deployed = in_our_kernels(Whole, 3, 40, 40)
     assert len(gates_of(gated)) == 5
-    for gate in gates_of(gated).values():
-        torch.nn.init.normal_(gate.channel.weight, std=3.0)
-        torch.nn.init.normal_(gate.block.weight, std=3.0)
-    x = torch.randn(6, 3, 40, 40)
-    seen = observe(gated, [x])
-    plans = {n: plan_block(gated, gates_of(gated)[n], seen[n], 4) for n in seen}
-    deployed = gathered_network(gated, plans, [x])
     assert [len(m.blocks) for m in deployed.modules() if isinstance(m, ChainBlocks)] == [8]
     with torch.no_grad(), running_on(threads):
         for images in (x, x[:1], torch.randn(3, 3, 25, 34), torch.randn(37, 3, 33, 9), x[:0]):
@@ -492,7 +492,7 @@ def test_kernels_called_from_several_threads_and_after_a_fork():
 @pytest.mark.skipif(kernels() is None or sys.platform != "linux", reason="no C++ compiler, or OpenMP out of reach")
 def test_pytorch_runs_on_one_thread_between_blocks_and_kernels_on_all():
     gated = gated_network("basic")
-    plans = {n: plan_block(gated, gates_of(gated)[n], s, 4) for n, s in observe(gated, [images(8)]).items()}
+    plans = plans_for(gated, images(8))
     count = len(gathered_network(gated, plans, [images(1)]).meta["engines"])
     network = gathered_network(gated, plans, [images(1)], [TORCH] * count)
     seen = []
@@ -515,8 +515,7 @@ def test_pytorch_runs_on_one_thread_between_blocks_and_kernels_on_all():
 def test_what_lies_between_blocks_in_either_engine(name, tmp_path):
     pytest.importorskip("onnxruntime")
     gated = gated_network(name)
-    seen = observe(gated, [images(8)])
-    plans = {n: plan_block(gated, gates_of(gated)[n], seen[n], 4) for n in seen}
+    plans = plans_for(gated, images(8))
     count = len(gathered_network(gated, plans, [images(1)]).meta["engines"])
     for engine in (TORCH, ONNX):
         deployed = gathered_network(gated, plans, [images(1)], [engine] * count)

@@ -14,7 +14,7 @@ from gatefit.deployment.memory import held_by, peak_of
 from gatefit.deployment.originals import BF16, dense_engines
 from gatefit.deployment.plan import share_of
 from gatefit.deployment.tune import milliseconds
-from gatefit.gates import gates_of
+from gatefit.gates import before_gates
 
 WARM_UP = 5
 PAUSE = 0.1
@@ -120,10 +120,7 @@ def _gates_ms(gated: fx.GraphModule, batch: Tensor) -> float:
     def note(gate: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         given.append((gate, inputs[0]))
 
-    hooks = [gate.register_forward_pre_hook(note) for gate in gates_of(gated).values()]
-    gated(batch)
-    for hook in hooks:
-        hook.remove()
+    before_gates(gated, batch, note)
     return milliseconds([lambda: [gate(x) for gate, x in given]], [()])[0]
 
 

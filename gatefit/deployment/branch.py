@@ -97,8 +97,8 @@ def _ahead(gated: fx.GraphModule, gate: Gate, entry: fx.Node, region: frozenset[
     nodes: set[fx.Node] = set()
     needed = [last]
     while needed:
-        nodes.add(needed.pop())
-        needed += [n for node in nodes for n in node.all_input_nodes if n in region and n not in nodes]
+        nodes.add(node := needed.pop())
+        needed += [n for n in node.all_input_nodes if n in region and n not in nodes]
     while len(last.users) == 1 and _shapes_channels(gated, user := next(iter(last.users))):
         nodes.add(last := user)
     outside = {n for node in region - nodes for n in node.all_input_nodes}
@@ -120,9 +120,7 @@ def _shapes_channels(gated: fx.GraphModule, node: fx.Node) -> bool:
 
 def _relu_behind(gated: fx.GraphModule, add: fx.Node) -> fx.Node | None:
     user = next(iter(add.users)) if len(add.users) == 1 else None
-    if user is not None and (type(module_of(gated, user)) is nn.ReLU or user.target in (F.relu, torch.relu, "relu")):
-        return user
-    return None
+    return user if user is not None and activation_of(gated, user) == "relu" else None
 
 
 def cut(

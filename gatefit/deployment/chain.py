@@ -226,7 +226,7 @@ class ChainBlocks(nn.Module):
         told = self._told  # kept while the kernel reads it, whatever other threads do
         if told is None or told[1] != x.shape[1:]:
             told = self._told = self._tell(run, x)
-        if self.first.adds:
+        if told[2] is not None:
             need_shape(told[2], () if shortcut is None else tuple(shortcut.shape[1:]))
         x, shortcut = x.contiguous(), None if shortcut is None else shortcut.contiguous()
         result = x.new_empty(len(x), *told[3])
@@ -235,8 +235,8 @@ class ChainBlocks(nn.Module):
         return result
 
     def _tell(self, run: Kernels, x: Tensor) -> tuple[Any, ...]:
-        """All blocks in the kernels' words for inputs like x, its size, shapes of the first and the last result,
-        and what they point to."""
+        """All blocks in the kernels' words for inputs like x, its shape, the shape of a shortcut if one is needed, the
+        result's, and what they point to."""
         blocks = (_Block * len(self.blocks))()
         kept, shapes = [], [(x.shape[1], x.shape[2], x.shape[3])]
         for i, block in enumerate(self.blocks):
@@ -246,7 +246,7 @@ class ChainBlocks(nn.Module):
                 need_shape(shape, shapes[-1])
             kept.append(pointed)
             shapes.append(shape)
-        return blocks, x.shape[1:], shapes[1], shapes[-1], kept
+        return blocks, x.shape[1:], shapes[1] if self.first.adds else None, shapes[-1], kept
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ChainBlocks":
         self._told = None  # the weights may lie elsewhere now

@@ -7,12 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.deployment.branch import place_or_none
 from gatefit.deployment.dynamic import DynamicBlock, assemble
-from gatefit.deployment.plan import BlockPlan
+from gatefit.deployment.plan import BlockPlan, plans_without_codebooks
 from gatefit.deployment.prepack import prepack
 from gatefit.errors import DeployError
-from gatefit.gates import gates_of
 
 Network = TypeVar("Network", bound=nn.Module)
 Run = Callable[[Tensor], Tensor]
@@ -119,6 +117,5 @@ def masked_onnx(gated: fx.GraphModule, image: Tensor) -> bytes:
     """A file in which gates multiply and nothing is skipped, for engines without control flow; shapes as above."""
     from gatefit.deployment.onnx_file import to_onnx
 
-    plans = {name: (BlockPlan(name, False, None), place_or_none(gated, gate)) for name, gate in gates_of(gated).items()}
-    model: bytes = to_onnx(assemble(gated, plans), image).SerializeToString()
+    model: bytes = to_onnx(assemble(gated, plans_without_codebooks(gated, skip=False)), image).SerializeToString()
     return model

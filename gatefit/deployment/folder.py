@@ -154,7 +154,7 @@ def deploy_folder(
     harvest: bool,
     batch: int,
     out: Path | None,
-    placement: Placement = "sequential",
+    placement: Placement,
 ) -> Deployment:
     """Deploy what `convert` wrote, and write the deployment beside it.
 

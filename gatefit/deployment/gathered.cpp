@@ -318,7 +318,7 @@ void gathered_blocks(const Block* blocks, int64_t count, const float* images, co
     for (end = begin; end < count && is_large(blocks[end]) == shared; ++end) behind = behind.behind(blocks[end]);
     const int64_t step = size.values(), to = behind.values(), added = size.behind(blocks[begin]).values();
     float* result = end < count ? turns[turn % 2].need(batch * to) : out;
-    const float* adds = begin && blocks[begin].adds ? images : begin ? nullptr : shortcut;
+    const float* adds = !begin ? shortcut : blocks[begin].adds ? images : nullptr;
     const int64_t rounds = (batch + threads * GROUP - 1) / (threads * GROUP);
     const int64_t group = shared ? (batch + threads * rounds - 1) / (threads * rounds) : 1;  // as many for each thread
     each_image((batch + group - 1) / group, threads, [&](int64_t g, int64_t share) {

@@ -24,15 +24,16 @@ def join_chains(network: fx.GraphModule) -> fx.GraphModule:
             continue
         before, *shortcuts = node.args
         former = module_of(network, before)
-        if shortcuts and shortcuts != [before] and (aside := _aside(network, node)) is not None:
+        if shortcuts and shortcuts != [before]:
+            aside = _aside(network, node)
+            if aside is None:
+                continue
             assert isinstance(block.first, ChainBlock)
             block.first.aside = aside
             block = ChainBlocks(block.blocks)  # the former one may have told the kernels of itself
             network.set_submodule(str(node.target), block)
             node.args, made = (before,), shortcuts[0]
             network.graph.erase_node(made)
-        elif shortcuts and shortcuts != [before]:
-            continue
         if isinstance(former, ChainBlocks) and len(before.users) == 1:
             network.set_submodule(str(node.target), _joined(former, block))
             node.args = before.args

@@ -9,13 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gatefit.deployment.branch import place_or_none
 from gatefit.deployment.engines import Run, Session, has_onnx, packed
 from gatefit.deployment.native import kernels
 from gatefit.deployment.native_network import gathered_network
-from gatefit.deployment.plan import BlockPlan
+from gatefit.deployment.plan import plans_without_codebooks
 from gatefit.fold import fold_batch_norms
-from gatefit.gates import gates_of
 from gatefit.surgery import rewrite
 
 BF16 = "inductor, bf16"
@@ -51,8 +49,7 @@ def _in_bf16(network: nn.Module) -> Run:
 def _in_our_kernels(original: nn.Module, images: Tensor) -> Run:
     """As a gated network is deployed, with gates that never close: none is left."""
     gated = rewrite(original, images, "lc", "step").eval()
-    plans = {name: (BlockPlan(name, True, None), place_or_none(gated, gate)) for name, gate in gates_of(gated).items()}
-    return gathered_network(gated, plans, [images])
+    return gathered_network(gated, plans_without_codebooks(gated, skip=True), [images])
 
 
 def _in_openvino(network: nn.Module, images: Tensor) -> Run:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from gatefit.cost import Placement, costs_of, macs_per_image, opens_of
-from gatefit.deployment.branch import Place, cut, place_of
+from gatefit.deployment.branch import Place, cut, place_of, place_or_none
 from gatefit.deployment.codebook import choose_codebook, most_frequent
 from gatefit.errors import DeployError
 from gatefit.gates import Gate, gates_of
@@ -141,6 +141,11 @@ def plan_block(
             return BlockPlan(name, whole, frequent, exact=True, parallel=parallel), place
         codebook = choose_codebook(ran, masks, possible=possible)
     return BlockPlan(name, whole, codebook, parallel=parallel), place
+
+
+def plans_without_codebooks(gated: fx.GraphModule, skip: bool) -> dict[str, tuple[BlockPlan, Place | None]]:
+    """One form for all blocks, whatever images ask for; and where they stand."""
+    return {n: (BlockPlan(n, skip, None), place_or_none(gated, gate)) for n, gate in gates_of(gated).items()}
 
 
 def share_of(gated: fx.GraphModule, images: list[Tensor]) -> float:

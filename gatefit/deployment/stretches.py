@@ -112,14 +112,16 @@ def with_fast_stretches(
     wanted = engines or [TORCH if not has_onnx() else ""] * len(seen)
     chosen = []
     for (name, given), engine in zip(seen.items(), wanted, strict=True):
+        if engine == TORCH:
+            chosen.append(TORCH)
+            continue
+        need_onnx()
         stretch = split.get_submodule(name)
         assert isinstance(stretch, fx.GraphModule)
         forms: dict[str, nn.Module] = {}
         if engine != ONNX:
             forms[TORCH] = TorchStretch(join_chains(copy.deepcopy(stretch)))
-        if engine != TORCH:
-            need_onnx()
-            forms |= _in_onnx(stretch, pairs[name][0])
+        forms |= _in_onnx(stretch, pairs[name][0])
         times = milliseconds(list(forms.values()), given) if len(forms) > 1 else [0.0]
         chosen.append(min(zip(times, forms, strict=True))[1])
         if chosen[-1] == ONNX:

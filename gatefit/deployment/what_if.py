@@ -1,12 +1,10 @@
 """Gates that close a wanted share without any training: what a conversion could gain, before it is paid for."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, fx, nn
 
 from gatefit.cost import costs_of, macs_per_image, opens_of
-from gatefit.gates import Gate, gates_of
+from gatefit.gates import Gate, before_gates
 
 ALIVE = 0.5
 """Part of the channels that some images open and others close."""
@@ -52,7 +50,7 @@ def keep_open(gated: fx.GraphModule, images: Tensor, seed: int = 0) -> None:
         for fc in gate.layers:
             _set(fc, weight.expand_as(fc.weight), (1 - value.min()).expand_as(fc.bias))
 
-    _set_on_the_way(gated, images, set_gate)
+    before_gates(gated, images, set_gate)
 
 
 def _close(gated: fx.GraphModule, images: Tensor, closed: float, masks: int, seed: int) -> None:
@@ -68,18 +66,7 @@ def _close(gated: fx.GraphModule, images: Tensor, closed: float, masks: int, see
             value, weight = _direction(pooled, generator)
             _set_channels(gate, value, weight, closed, masks, generator)
 
-    _set_on_the_way(gated, images, set_gate)
-
-
-def _set_on_the_way(
-    gated: fx.GraphModule, images: Tensor, set_gate: Callable[[Gate, tuple[Tensor, ...]], None]
-) -> None:
-    hooks = [gate.register_forward_pre_hook(set_gate) for gate in gates_of(gated).values()]
-    try:
-        gated(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    before_gates(gated, images, set_gate)
 
 
 def _direction(pooled: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
