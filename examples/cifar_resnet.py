@@ -1,8 +1,5 @@
 """The CIFAR ResNets of He et al. (arXiv 1512.03385, section 4.2), with parameter-free (option A) shortcuts, and
-ImageNet's ResNet-18 with a 3x3 stem for images of 32 pixels.
-
-gatefit convert examples/cifar_resnet.py:resnet20 --weights resnet20.safetensors --data cifar10 --target 0.7
-"""
+ImageNet's ResNet-18 with a 3x3 stem for images of 32 pixels."""
 
 import torch.nn.functional as F
 import torchvision
@@ -19,33 +16,27 @@ class BasicBlock(nn.Module):
         self.stride, self.padding = stride, (outputs - inputs) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.stride > 1 or self.padding:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
         return F.relu(out + x)
 
 
 class CifarResNet(nn.Module):
-    def __init__(self, blocks: int, classes: int = 10, widths: tuple[int, int, int] = (16, 32, 64)) -> None:
+    def __init__(self, blocks: int, classes: int = 10) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.layer1 = self._layer(widths[0], widths[0], blocks, 1)
-        self.layer2 = self._layer(widths[0], widths[1], blocks, 2)
-        self.layer3 = self._layer(widths[1], widths[2], blocks, 2)
-        self.linear = nn.Linear(widths[2], classes)
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(BasicBlock(i, o, stride), *(BasicBlock(o, o, 1) for _ in range(blocks - 1)))
+            for i, o, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2))
+        )
+        self.linear = nn.Linear(64, classes)
         self.pretrained_cfg = {"input_size": (3, 32, 32)}
-
-    @staticmethod
-    def _layer(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(inputs, outputs, stride)
-        return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
 def resnet8() -> CifarResNet:

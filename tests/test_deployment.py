@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gatefit
 from gatefit.cost import costs_of, macs_per_image, opens_of
+from gatefit.deployment import folder as deployment_folder
 from gatefit.deployment.branch import place_of, place_or_none
 from gatefit.deployment.chain import ChainBlock, ChainBlocks, PlainBlock, Pooling
 from gatefit.deployment.codebook import assign, choose_codebook, expected_units, most_frequent
@@ -700,3 +701,15 @@ def test_what_if_reaches_its_share():
     gated = gatefit.retrofit(make("basic"), images(), "lc", "step").eval()
     many = images(64) + images(64, seed=9)[:, :, :1, :1]
     assert set_share(gated, many, 0.6) == pytest.approx(0.6, abs=0.05)
+
+
+def test_an_original_that_cannot_be_had_in_one_engine_is_timed_in_the_others(monkeypatch):
+    def fails():
+        raise RuntimeError("no such engine here")
+
+    made = {"broken": fails, "plain": lambda: torch.nn.Identity()}
+    monkeypatch.setattr(deployment_folder, "dense_engines", lambda original, images: made)
+    images = torch.rand(4, 3, 8, 8)
+    taken = deployment_folder._taken(torch.nn.Identity(), torch.nn.Identity(), images, 2, set(made))
+    assert taken is not None and taken.engine == "plain" and taken.batch == 2
+    assert deployment_folder._taken(torch.nn.Identity(), torch.nn.Identity(), images, 2, {"broken"}) is None

@@ -23,5 +23,4 @@ def test_examples_run(script, words, tmp_path):
 
 @pytest.mark.parametrize("file", EXAMPLES.glob("*.py"), ids=lambda f: f.stem)
 def test_examples_are_short(file):
-    most = 60 if file.name not in ("cifar_resnet.py", "own_network.py") else 80  # those two are networks
-    assert len(file.read_text().splitlines()) < most
+    assert len(file.read_text().splitlines()) < 60

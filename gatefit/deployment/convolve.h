@@ -364,7 +364,7 @@ struct Convolution {
     std::vector<int64_t> places(taps);
     for (int64_t t = 0; t < taps; ++t) places[t] = packs() ? t * width : layout.place(t);
     const float* from = source + begin * layout.plane;
-    if (packs()) pack(from, some, start, width, begin + some == channels, panel);
+    if (packs()) pack(from, some, start, width, channels - begin, panel);
     const bool lone = tiles.lone && tile + 1 == tiles.count;
     const int64_t at = some ? columns_at[begin] : 0, span = some ? columns_at[begin + some - 1] + 1 - at : 0;
     const float* pixel = lone ? last_pixel(from, columns_at + begin, some, span) : nullptr;
@@ -397,14 +397,15 @@ struct Convolution {
     return to;
   }
 
-  // What `some` channels read for `width` output positions from `start` on, side by side: (some, taps, width).
-  void pack(const float* from, int64_t some, int64_t start, int64_t width, bool ends, float* to) const {
+  // What `some` of the `left` channels from `from` on read for `width` output positions from `start` on, side by side:
+  // (some, taps, width).
+  void pack(const float* from, int64_t some, int64_t start, int64_t width, int64_t left, float* to) const {
     for (int64_t j = 0; j < some; ++j)
       for (int64_t t = 0; t < layout.taps; ++t, to += width) {
         const float* p = from + j * layout.plane + layout.place(t);
         if (dense())  // each line overwrites what the one before stored too much
           for (int64_t y = 0; y < layout.out_height; ++y) store(to + y * layout.out_width, load(p + y * layout.line));
-        else if (ends && start + width > (some - j) * layout.plane)  // nothing may be read behind the image
+        else if (start + width > (left - j) * layout.plane)  // nothing may be read behind the image
           std::copy(p + start, p + std::min(start + width, layout.positions), to);
         else
           for (int64_t v = 0; v < width; v += LANES) store(to + v, load(p + start + v));

@@ -1,6 +1,7 @@
 """A deployment beside the gated network that it was made from: `deployment.json`, and for ONNX the file itself."""
 
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,13 +185,15 @@ def deploy_folder(
 
 @torch.no_grad()
 def _taken(deployed: Run, original: nn.Module, images: Tensor, batch: int, engines: set[str]) -> Taken | None:
-    """Time it beside the original in the fastest of `engines`; None where that cannot be made: a deployment that is
-    written stands without."""
+    """Time it beside the original in the fastest of `engines` that can be made; None where none can: a deployment that
+    is written stands without."""
     batches = whole_batches(images, batch, ROUNDS)
-    try:
-        makers = dense_engines(original, batches[0])
-        originals = {name: make() for name, make in makers.items() if name in engines}
-    except Exception:
+    originals = dict[str, Run]()
+    with suppress(Exception):
+        for name, make in dense_engines(original, batches[0]).items():
+            with suppress(Exception):
+                originals |= {name: make()} if name in engines else {}
+    if not originals:
         return None
     measured = times({"deployed": deployed, **originals}, batches, ROUNDS)
     medians = {name: statistics.median(taken) for name, taken in measured.items()}
