@@ -15,7 +15,7 @@ def main() -> None:
     gated = gatefit.retrofit(network, torch.zeros(2, 3, 8, 8))
     train(gated, epochs=3, lr=0.02, l1=0.02)
 
-    images, labels = digits()
+    images, labels = digits(test=True)
     gated(images[:1])  # each gate keeps what it computed in the last forward
     for name, gate in gates_of(gated).items():
         block = gate.salience(gate.outputs.block)[0, 0]

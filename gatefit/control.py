@@ -68,10 +68,13 @@ def price_threshold(l1: float, factor: float) -> float:
 def smallest_share(costs: Costs, keep: float) -> float:
     """The share of MACs that is left when all gates are closed as far as the guard lets them."""
     least = float(costs.base)
+    running: dict[str, float] = {}
     for b in costs.blocks:
+        reached = running.get(b.parent or "", 1.0)
+        runs = running[b.name] = reached * (keep if b.gated else 1.0)
         closing = keep if b.scaled or b.first_scaled else 1.0
         first = b.first * (closing if b.first_scaled else 1)
-        least += b.gate + (keep if b.gated else 1.0) * (b.fixed + closing * b.scaled + first)
+        least += reached * b.gate + runs * (b.fixed + closing * b.scaled + first)
     return least / costs.dense
 
 

@@ -11,10 +11,10 @@ from accelerate import Accelerator, PartialState
 from torch import fx, nn
 
 from gatefit.data import Splits, read_data
-from gatefit.errors import CheckpointError, DataError, RecipeError
+from gatefit.errors import CheckpointError, DataError, RecipeError, TrainingError
 from gatefit.evaluate import Evaluation, evaluate
 from gatefit.files import read_json, remove_tree, write_atomically, write_json, write_tensors
-from gatefit.finetune import finetune, train_dense
+from gatefit.finetune import check, finetune, train_dense
 from gatefit.gates import gates_of
 from gatefit.models import (
     InputSpec,
@@ -30,7 +30,7 @@ from gatefit.models import (
 from gatefit.recipe import FinetunePart, Recipe, read_recipe, write_recipe
 from gatefit.report.result import REPORT, Result, read_result
 from gatefit.store import load, read_config, save
-from gatefit.surgery import retrofit
+from gatefit.surgery import retrofit, rewrite
 from gatefit.training import Epoch, Progress, Report
 
 ORIGINAL = "original.safetensors"
@@ -68,8 +68,8 @@ def convert(
         report: called after each training step.
 
     Raises:
-        GatefitError: whatever the user can mend; nothing half-written is left behind, except the checkpoint
-            of a training that was broken off, which `resume` takes up.
+        GatefitError: whatever the user can mend; nothing half-written is left behind. What a training had saved
+            before something else than itself went wrong stays, and `resume` takes it up.
     """
     main = PartialState().is_main_process
     _check_out(recipe, out, resume)
@@ -77,13 +77,18 @@ def convert(
         raise RecipeError("give --l1 X or --target SHARE: without either no gate would close")
     reference, model, data, trained = _prepare(recipe, say)
     spec = input_spec(model, recipe.model.image_size or None)
+    if trained and not recipe.data.name:
+        data = Splits(data.train.unlabelled(), data.test.unlabelled())  # Imagenette's classes are not the network's
     data, fitting = _fit_labels(model, data, spec, trained, say)
     example = torch.zeros(2, *spec.shape)
-    fresh = not out.exists()
+    existed = out.exists()
+    fresh = not existed or not any(out.iterdir())
     try:
         if main:
             write_atomically(out / RECIPE, lambda file: file.write_text(write_recipe(recipe)))
         if recipe.baseline.epochs:
+            planned = rewrite(model, example, recipe.gates.kinds, recipe.gates.form)
+            check(planned, data.train, recipe.finetune, recipe.gates.start)  # now, not when the baseline is trained
             _train_baseline(recipe, model, data, spec, out, resume, say, report)
             trained = True
         gated = retrofit(model, example, recipe.gates.kinds, recipe.gates.form, recipe.gates.fill)
@@ -105,7 +110,9 @@ def convert(
             resume=resume,
         )
         say(f"evaluating on {len(data.test)} images")
-        evaluation = evaluate(gated, data, model if trained else None)
+        evaluation = evaluate(
+            gated, data, model if trained else None, lambda done, images: report(Progress("evaluate", done, images))
+        )
         target = recipe.finetune.target
         if target is not None and abs(evaluation.share - target) > TOLERANCE:
             say(f"note: the target was {target}, the share reached on the test images is {evaluation.share:.3f}")
@@ -118,9 +125,14 @@ def convert(
             fresh = False
             _write_page(out, summary, evaluation, data, say)
     except BaseException as error:
-        resumable = isinstance(error, KeyboardInterrupt) and any((out / c).exists() for c in _CHECKPOINTS.values())
+        saved = any((out / c).exists() for c in _CHECKPOINTS.values())
+        resumable = saved and not isinstance(error, TrainingError | RecipeError)  # those would come again
         if fresh and main and not resumable:
             remove_tree(out)
+            if existed:
+                out.mkdir(exist_ok=True)
+        elif main and resumable and isinstance(error, Exception):
+            say(f"what was trained so far is kept: mend what follows, then go on with --resume --out {out}")
         raise
     return Conversion(gated, evaluation, summary)
 
@@ -311,6 +323,8 @@ def _fit_labels(
     """Labels are used where they fit the head; a trained network can do without."""
     outputs, classes = output_count(model, spec), len(data.train.classes)
     if data.train.fits(outputs):
+        if not classes:
+            say(f"the data does not name its classes: its labels are taken for the network's {outputs}, in their order")
         return data, True
     if not trained:
         raise DataError(

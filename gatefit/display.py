@@ -173,7 +173,8 @@ def show_report(console: Console, report: dict[str, Any]) -> None:
     table = Table(title=f"{report['model']} on {report['images']} images", title_justify="left")
     for name in ("", "accuracy", "agreement", "MACs per image", "share"):
         table.add_column(name, justify="left" if not name else "right")
-    table.add_row("original", percent(dense["accuracy"]), "100.00 %", mega(dense["macs"]), "100.00 %")
+    agreement = None if gated["agreement"] is None else 1.0
+    table.add_row("original", percent(dense["accuracy"]), percent(agreement), mega(dense["macs"]), percent(1.0))
     for placement in ("sequential", "parallel"):
         macs = gated[f"macs_{placement}"]
         table.add_row(

@@ -44,10 +44,11 @@ class Objective(nn.Module):
         loss = logits.new_zeros((), dtype=torch.float32)
         if self.weight < 1:
             loss = loss + (1 - self.weight) * F.cross_entropy(logits.float(), labels)
-        if self.weight > 0 and self.teacher is not None:
+        if self.teacher is not None and (self.weight > 0 or self.teacher.blocks):
             with torch.no_grad():
                 wanted, wanted_outputs = self.teacher(x)
-            loss = loss + self.weight * distillation(logits.float(), wanted.float(), self.settings.temperature)
+            if self.weight > 0:
+                loss = loss + self.weight * distillation(logits.float(), wanted.float(), self.settings.temperature)
             if wanted_outputs:
                 loss = loss + self.settings.features * feature_distance(outputs, wanted_outputs)
         return loss, logits

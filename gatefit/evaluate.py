@@ -110,8 +110,9 @@ def evaluate(
         opened = opens_of(gated)
         sequential.append(macs_per_image(costs, opened).cpu())
         parallel.append(macs_per_image(costs, opened, "parallel").cpu())
-        for name, o in opened.items():
-            opened_masks[name].append(_mask(o))
+        for cost in costs.blocks:
+            outer = opened_masks[cost.parent][-1][:, :1] if cost.parent else True  # what is skipped runs no inner block
+            opened_masks[cost.name].append(_mask(opened[cost.name]) & outer)
         done += len(labels)
         if report is not None:
             report(done, len(images))

@@ -1,5 +1,6 @@
 """The fine-tune: train a gated network until the MACs that really run are those that were asked for."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,17 @@ from gatefit.penalty import salience_penalty
 from gatefit.recipe import FinetunePart
 from gatefit.refit import images_that_fit, refit
 from gatefit.start import Tick, start_from_data
-from gatefit.training import Epoch, Progress, Report, Trainer, augment, generator, loader, recalibrate
+from gatefit.training import (
+    Epoch,
+    Progress,
+    Report,
+    Trainer,
+    augment,
+    check_batches,
+    generator,
+    loader,
+    recalibrate,
+)
 
 MEETING_IMAGES = 2000
 MEETING_ROUNDS = 3
@@ -68,6 +79,7 @@ def finetune(
     if not images.fits(output_count(gated, gated.meta["input"])):
         images = images.unlabelled()
     settings = _resolved(settings or FinetunePart(), l1, target, start, teacher is not None)
+    check(gated, images, settings, start)
     report = report or (lambda _: None)
     closing = GateClosing(gated, images, settings, start, seed, report)
     gates = [p for gate in gates_of(gated).values() for fc in gate.layers for p in fc.parameters()]
@@ -92,6 +104,35 @@ def finetune(
         for parameter in frozen:
             parameter.requires_grad_(True)
     return history
+
+
+def check(gated: fx.GraphModule, images: ImageSet, settings: FinetunePart, start: str) -> None:
+    """Refuse settings with which no gate would close, or that contradict each other, before anything is trained.
+
+    Raises:
+        RecipeError: they are such.
+    """
+    if start not in ("data", "identity"):
+        raise RecipeError(f"gates.start must be 'data' or 'identity', not '{start}'")
+    if settings.l1 is None and settings.target is None:
+        raise RecipeError("give --l1 X or --target SHARE: without either no gate would close")
+    if start != "data" and not (settings.epochs and settings.gate_lr != 0):
+        raise RecipeError(
+            "with gates.start = 'identity' gates close by training alone: give epochs and a gate_lr, or use 'data'"
+        )
+    if start == "data" and settings.penalty == "plain" and not settings.gate_lr:
+        raise RecipeError(
+            "penalty = 'plain' is for gates that learn, and those from data do not: give a gate_lr, or use 'macs'"
+        )
+    check_batches(settings, images)
+    if settings.target is not None:
+        if start != "data":
+            raise RecipeError("a target needs gates.start = 'data'; with 'identity' use l1")
+        least = smallest_share(costs_of(gated, gated.meta["input"].shape), settings.keep)
+        if settings.target < least:
+            raise RecipeError(
+                f"target {settings.target} cannot be reached: {least:.3f} of the MACs are out of the gates' reach"
+            )
 
 
 def _resolved(
@@ -144,18 +185,6 @@ class GateClosing:
         hard = all(gate.form == "step" for gate in gates_of(gated).values())
         self.renewals = settings.renew if start == "data" and hard and not settings.gate_lr else 0
         self.costs = costs_of(gated, gated.meta["input"].shape)
-        if settings.l1 is None and settings.target is None:
-            raise RecipeError("give --l1 X or --target SHARE: without either no gate would close")
-        if start != "data" and not settings.epochs:
-            raise RecipeError("with gates.start = 'identity' and no epochs no gate would close; train, or use 'data'")
-        if settings.target is not None:
-            if start != "data":
-                raise RecipeError("a target needs gates.start = 'data'; with 'identity' use l1")
-            least = smallest_share(self.costs, settings.keep)
-            if settings.target < least:
-                raise RecipeError(
-                    f"target {settings.target} cannot be reached: {least:.3f} of the MACs are out of the gates' reach"
-                )
 
     def begin(self) -> None:
         """Set the gates' weights; without a ramp also close them, and refit what reads them."""
@@ -238,7 +267,8 @@ class GateClosing:
     def _some(self, count: int, augmented: bool = False) -> Iterator[Tensor]:
         """Batches of `count` training images, the same each time."""
         chosen = torch.randperm(len(self.images), generator=generator(self.seed, -1))[:count]
-        for pixels, _, index in loader(self.images, [b.tolist() for b in chosen.split(SETTLING_BATCH)]):
+        batches = chosen.tensor_split(math.ceil(len(chosen) / SETTLING_BATCH))  # all alike, as each counts as much
+        for pixels, _, index in loader(self.images, [b.tolist() for b in batches]):
             x = pixels.to(next(self.gated.parameters()).device)
             if augmented and pixels.dtype == torch.uint8:
                 x = augment(x, index, len(self.images), self.seed, -1, self.settings.flip)

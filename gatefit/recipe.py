@@ -142,6 +142,8 @@ class FinetunePart:
         _check(self.temperature > 0, "finetune.temperature must be positive")
         _check(self.recalibrate >= 0, "finetune.recalibrate must be 0 or more")
         _check(0 <= self.keep < 1, "finetune.keep must lie in [0, 1)")
+        _check(self.penalty in ("macs", "plain"), f"finetune.penalty must be 'macs' or 'plain', not '{self.penalty}'")
+        _check(self.precision in ("no", "fp16", "bf16"), "finetune.precision must be 'no', 'fp16' or 'bf16'")
 
 
 @dataclass(frozen=True)

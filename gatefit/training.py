@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import safetensors
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
 from torch import Tensor, nn
@@ -123,28 +123,20 @@ class Trainer:
         distilled = None if teacher is None else Teacher(teacher, network, settings.features > 0)
         self.objective = Objective(network, distilled, settings, images.labels is not None).to(self.device)
         self.state = _State()
-        self._check()
+        check_batches(settings, images)
+        if images.labels is None and self.objective.teacher is None:
+            raise RecipeError("there are neither labels that fit the network nor an original network to distil from")
         self.per_epoch = len(images) // settings.batch_size
         self.steps = self.per_epoch * settings.epochs
         self.optimizer = _optimizer(network, settings)
 
-    def _check(self) -> None:
-        s, world = self.settings, self.accelerator.num_processes
-        if s.batch_size % (world * s.accumulate):
-            raise RecipeError(
-                f"batch size {s.batch_size} cannot be divided among {world} processes and {s.accumulate} passes"
-            )
-        if s.batch_size > len(self.images):
-            raise RecipeError(
-                f"batch size {s.batch_size} is more than the {len(self.images)} training images; lower it"
-            )
-        if self.images.labels is None and self.objective.teacher is None:
-            raise RecipeError("there are neither labels that fit the network nor an original network to distil from")
-
     def run(self, checkpoint: Path | None = None, resume: bool = False) -> list[Epoch]:
         """Train to the end, from `checkpoint` if there is one and `resume` is set."""
         s = self.settings
-        if resume and checkpoint is not None and checkpoint.exists():
+        found = resume and checkpoint is not None and checkpoint.exists()
+        if self._average(float(found)) != float(found):
+            raise CheckpointError(f"only some of the processes find {checkpoint}: all hosts must share its folder")
+        if found and checkpoint is not None:
             self._restore(checkpoint)
         elif self.closing is not None:
             self.closing.begin()
@@ -277,6 +269,22 @@ class Trainer:
             raise CheckpointError(
                 f"{file} is damaged or of another run ({str(error).splitlines()[0]}); remove it to begin anew"
             ) from error
+
+
+def check_batches(settings: FinetunePart, images: ImageSet) -> None:
+    """Refuse a batch size that cannot be divided among processes and passes, or is more than there are images.
+
+    Raises:
+        RecipeError: it is one of these.
+    """
+    world = PartialState().num_processes
+    if settings.batch_size % (world * settings.accumulate):
+        raise RecipeError(
+            f"batch size {settings.batch_size} cannot be divided among {world} processes and "
+            f"{settings.accumulate} passes"
+        )
+    if settings.batch_size > len(images):
+        raise RecipeError(f"batch size {settings.batch_size} is more than the {len(images)} training images; lower it")
 
 
 def augment(images: Tensor, index: Tensor, count: int, seed: int, epoch: int, flip: bool) -> Tensor:

@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from rich.console import Console
@@ -108,6 +109,10 @@ def test_report(converted, tmp_path):
     assert "layer2.0" in (other / "report.html").read_text()
     assert "there are layer1.0" in refused("report", other, "--block", "layer9")
     assert "no file" in refused("report", other, tmp_path)
+    written = json.loads((other / "report.json").read_text())
+    del written["gated"]["macs_parallel"]
+    (other / "report.json").write_text(json.dumps(written))
+    assert "keys are missing" in refused("report", folder, other)
 
 
 def test_deploy_and_bench(converted, tmp_path):
@@ -267,6 +272,41 @@ def test_nan_leaves_nothing(recipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_error_after_training_loses_nothing(converted, recipe, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    recipe.write_text((converted[0] / "recipe.toml").read_text())
+
+    def fails(*_args, **_kwargs):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gatefit.convert.evaluate", fails)
+        result = gatefit("convert", "--recipe", recipe, "--out", out)
+    assert result.exit_code == 1 and "no space left" in result.stderr and "--resume" in result.stderr
+    assert (out / "checkpoint.safetensors").is_file() and not (out / "report.json").exists()
+    done = gatefit("convert", "--recipe", recipe, "--out", out, "--resume", "--json")
+    assert json.loads(done.stdout) == converted[1]
+
+
+def test_what_cannot_work_is_refused_before_the_baseline_is_trained(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("gatefit.convert.train_dense", lambda *_args, **_kwargs: pytest.fail("it was trained"))
+    recipe.write_text(recipe.read_text().replace("target = 0.7", "target = 0.01"))
+    (tmp_path / "out").mkdir()
+    assert "cannot be reached" in refused("convert", "--recipe", recipe, "--out", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_labels_of_the_default_images_are_not_those_of_a_trained_network(monkeypatch, tmp_path):
+    """Imagenette has ten classes, and so may have a network that was trained on others."""
+    from gatefit.data import read_data
+
+    monkeypatch.setattr("gatefit.convert.read_data", lambda name, *more: read_data(name or "digits", *more))
+    torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "w.pth")
+    options = ["test_resnet", "--weights", tmp_path / "w.pth", "--l1", "1e-4", "--epochs", "0"]
+    result = gatefit("convert", *options, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["labels"] is False
+
+
 def test_pretrained_without_a_network_names_the_options(tmp_path, monkeypatch):
     def unreachable(*_args, **_kwargs):
         raise OSError("no route to host")
@@ -278,9 +318,6 @@ def test_pretrained_without_a_network_names_the_options(tmp_path, monkeypatch):
 
 def test_pretrained_from_a_primed_cache(tmp_path, monkeypatch):
     """The real code path of --pretrained, with the file that a download would have left."""
-    import timm
-    import torch
-
     torch.manual_seed(3)
     model = timm.create_model("test_resnet", num_classes=10)
     torch.save(model.state_dict(), tmp_path / "w.pth")

@@ -5,6 +5,7 @@ from networks import GATABLE, images, make
 from torch.utils.flop_counter import FlopCounterMode
 
 import gatefit
+from gatefit.control import smallest_share
 from gatefit.cost import Opens, costs_of, macs_per_image, opens_of
 from gatefit.gates import gates_of
 
@@ -115,6 +116,10 @@ def test_a_skipped_block_skips_the_block_in_it():
     outer = next(b for b in costs.blocks if b.name == "blocks.0")
     assert macs_per_image(costs, opens_of(gated)).tolist() == [costs.base + outer.gate] * 2
     assert costs.dense == STEM + HEAD + 3 * CONV
+    # What no image runs is not told as open either, and the guard's smallest share counts it as skipped.
+    result = gatefit.evaluate(gated, (images(2), torch.zeros(2, dtype=torch.long)))
+    assert {g.name: g.block_open for g in result.gates} == {"blocks.0": 0, "blocks.0.inner": 0}
+    assert smallest_share(costs, 0.0) == (costs.base + outer.gate) / costs.dense
 
 
 @pytest.mark.parametrize("name", ["shared weights", "tied"])

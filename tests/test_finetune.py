@@ -18,7 +18,7 @@ from gatefit.control import price_threshold, threshold_for
 from gatefit.cost import costs_of, macs_per_image, opens_of
 from gatefit.data import as_images, read_data
 from gatefit.errors import CheckpointError, RecipeError, TrainingError
-from gatefit.finetune import train_dense
+from gatefit.finetune import GateClosing, train_dense
 from gatefit.gates import gates_of, outputs_of
 from gatefit.models import InputSpec
 from gatefit.recipe import FinetunePart
@@ -373,6 +373,7 @@ def test_a_start_from_broken_weights_is_refused(dense, digits):
         ({"target": 0.05}, "cannot be reached"),
         ({"batch_size": 5000}, "more than the 1437 training images"),
         ({"accumulate": 3}, "cannot be divided"),
+        ({"penalty": "plain"}, "for gates that learn"),
     ],
 )
 def test_settings_that_cannot_work(dense, digits, change, message):
@@ -380,9 +381,33 @@ def test_settings_that_cannot_work(dense, digits, change, message):
         gatefit.finetune(gate(dense), digits, dense, settings=replace(SHORT, **change))
 
 
-def test_target_needs_the_data_start(dense, digits):
-    with pytest.raises(RecipeError, match="with 'identity' use l1"):
-        gatefit.finetune(gate(dense), digits, dense, settings=SHORT, start="identity")
+@pytest.mark.parametrize(
+    ("start", "change", "message"),
+    [
+        ("identity", {}, "with 'identity' use l1"),
+        ("identity", {"target": None, "l1": 0.1, "epochs": 0}, "by training alone"),
+        ("identity", {"target": None, "l1": 0.1, "gate_lr": 0.0}, "by training alone"),
+        ("dta", {}, "must be 'data' or 'identity', not 'dta'"),
+    ],
+)
+def test_starts_that_cannot_work(dense, digits, start, change, message):
+    with pytest.raises(RecipeError, match=message):
+        gatefit.finetune(gate(dense), digits, dense, settings=replace(SHORT, **change), start=start)
+
+
+def test_blocks_teach_without_predictions(dense, digits):
+    """The distance to the original's blocks counts where distillation has no weight too."""
+    losses = []
+    for features in (0.0, 5.0):
+        settings = replace(SHORT, epochs=1, renew=0, distillation=0.0, features=features)
+        losses.append(gatefit.finetune(gate(dense), digits, dense, settings=settings)[0].loss)
+    assert losses[1] > losses[0] + 0.1
+
+
+def test_processes_that_see_different_files_are_refused(dense, digits, monkeypatch, tmp_path):
+    monkeypatch.setattr(Trainer, "_average", lambda self, value: 0.5)  # of two hosts one has the file
+    with pytest.raises(CheckpointError, match="all hosts must share"):
+        train_dense(copy.deepcopy(dense), digits.train, SPEC, SHORT, checkpoint=tmp_path / "c", resume=True)
 
 
 class Plain(nn.Module):
@@ -443,6 +468,13 @@ def test_recalibration_is_the_average_over_batches():
     recalibrate(net, iter(batches))
     assert torch.allclose(net[0].running_mean, torch.stack([b.mean(0) for b in batches]).mean(0), atol=1e-6)
     assert net[0].momentum == 0.1 and not net[0].training
+
+
+def test_batches_for_statistics_are_alike(dense, digits):
+    """Each counts as much as the others, and batch norm cannot take one image alone."""
+    closing = GateClosing(gate(dense), digits.train.select(torch.arange(101)), SHORT, "data", 0)
+    assert [len(batch) for batch in closing._some(500)] == [51, 50]
+    assert [len(batch) for batch in closing._some(100)] == [100]
 
 
 def test_price_rises_with_l1():

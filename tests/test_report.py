@@ -88,6 +88,8 @@ def test_published_figures_stand_beside_the_same_data_alone():
     assert "published" in str([t.get_label() for t in pictures.accuracy_against_macs(result(), []).axes[0].lines])
     shown = pictures.accuracy_against_macs(result(data="digits"), [result("other")]).axes[0].lines
     assert "published" not in str([t.get_label() for t in shown])
+    of_a_tar = pictures.accuracy_against_macs(result(data="/my/cifar10.tar"), []).axes[0].lines
+    assert "published" in str([t.get_label() for t in of_a_tar])
     for data in ("torch/cifar100", "imagenette", "/my/cifar10/digits"):
         assert "published" not in str(
             [t.get_label() for t in pictures.accuracy_against_macs(result(data=data), []).axes[0].lines]
@@ -96,9 +98,17 @@ def test_published_figures_stand_beside_the_same_data_alone():
 
 def test_extremes_are_the_fewest_and_the_most():
     evaluation, data = case()
-    titles = [a.get_title() for a in pictures.extremes(evaluation, data).axes]
-    least, most = int(evaluation.macs.argmin()), int(evaluation.macs.argmax())
-    assert f"class {least % 10}" in titles[0] and f"class {most % 10}" in titles[len(titles) // 2]
+    shown = pictures.extremes(evaluation, data).axes
+    order = evaluation.macs.argsort().tolist()
+    for axes, index in zip(shown, order[: pictures.ROW] + order[::-1][: pictures.ROW], strict=True):
+        assert torch.equal(torch.tensor(axes.images[0].get_array()), data.resident[index].permute(1, 2, 0))
+        assert axes.get_title().split("\n")[1] == f"class {index % 10}"
+
+
+def test_results_of_one_name_or_of_other_data_are_told_apart():
+    figure = pictures.accuracy_against_macs(result("a"), [result("b"), result("b"), result("c", data="/x/digits.tar")])
+    labels = [t.get_label() for t in figure.axes[0].lines]
+    assert {"a", "b, 1", "b, 2", "c (on digits)"} <= set(labels)
 
 
 def test_block_gates_alone_are_shown_as_blocks():

@@ -39,18 +39,19 @@ def accuracy_against_macs(result: Result, others: list[Result]) -> Figure:
     """The dense network, this result, others, and what the paper published on the same data."""
     figure, axes = _figure(8, 4.6)
     _original(axes, result, "black", "original")
-    for i, shown in enumerate([result, *others]):
+    names = _names([result, *others])
+    for i, (name, shown) in enumerate(zip(names, [result, *others], strict=True)):
         gated = shown.report["gated"]
         if gated["accuracy"] is None:
             continue
         colour = BLUE if shown is result else OTHERS[(i - 1) % len(OTHERS)]
         both = [gated["macs_sequential"], gated["macs_parallel"]]
         axes.plot(both, [gated["accuracy"]] * 2, "-", color=colour, lw=1)
-        axes.plot(both[:1], [gated["accuracy"]], "o", color=colour, ms=10 if shown is result else 7, label=shown.name)
+        axes.plot(both[:1], [gated["accuracy"]], "o", color=colour, ms=10 if shown is result else 7, label=name)
         axes.plot(both[1:], [gated["accuracy"]], "o", color=colour, mfc="white", ms=7)
         if shown.report["dense"] != result.report["dense"]:
-            _original(axes, shown, colour, f"original of {shown.name}")
-    points = PUBLISHED.get(Path(result.report["data"]).name.lower().replace("-", ""))
+            _original(axes, shown, colour, f"original of {name}")
+    points = PUBLISHED.get(_data_name(result).lower().replace("-", "").removesuffix("1k"))
     if points is not None:
         _published(axes, points)
     axes.set_xscale("log")
@@ -64,6 +65,17 @@ def accuracy_against_macs(result: Result, others: list[Result]) -> Figure:
     axes.grid(True, which="both", alpha=0.2)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
+
+
+def _names(results: list[Result]) -> list[str]:
+    """What tells results apart: their folders' names, the data where it is other than the first one's, a number."""
+    data = [_data_name(r) for r in results]
+    names = [r.name + (f" (on {d})" if d != data[0] else "") for r, d in zip(results, data, strict=True)]
+    return [n if names.count(n) == 1 else f"{n}, {names[: i + 1].count(n)}" for i, n in enumerate(names)]
+
+
+def _data_name(result: Result) -> str:
+    return Path(result.report["data"]).name.split(".")[0]
 
 
 def _original(axes: Axes, result: Result, colour: str, label: str) -> None:

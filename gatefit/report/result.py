@@ -10,6 +10,10 @@ from gatefit.files import read_json
 REPORT = "report.json"
 BENCH = "bench.json"
 _KEYS = {"model", "data", "seed", "images", "dense", "gated", "history"}
+_DENSE = {"accuracy", "macs"}
+_GATED = {"accuracy", "agreement", "macs_sequential", "macs_parallel"}
+_EPOCH = {"epoch", "loss", "accuracy", "share"}
+_ROW = {"engine", "batch", "threads", "macs_share", "time_share"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,18 @@ def read_result(folder: Path) -> Result:
         CheckpointError: there is no report.json, or one of the two is damaged or of another program.
     """
     report = read_json(folder / REPORT)
-    if not isinstance(report, dict) or not set(report) >= _KEYS:
+    parts = [(_DENSE, "dense"), (_GATED, "gated")]
+    if not (
+        _has(report, _KEYS)
+        and all(_has(report[part], keys) for keys, part in parts)
+        and all(_has(epoch, _EPOCH) for epoch in report["history"])
+    ):
         raise CheckpointError(f"{folder / REPORT} is not one that gatefit convert wrote: keys are missing")
     bench = read_json(folder / BENCH) if (folder / BENCH).is_file() else {"rows": []}
-    if not isinstance(bench, dict) or "rows" not in bench:
+    if not (_has(bench, {"rows"}) and all(_has(row, _ROW) for row in bench["rows"])):
         raise CheckpointError(f"{folder / BENCH} is not one that gatefit bench wrote; remove it")
     return Result(folder.resolve().name, report, bench["rows"])
+
+
+def _has(value: Any, keys: set[str]) -> bool:
+    return isinstance(value, dict) and set(value) >= keys
