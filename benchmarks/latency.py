@@ -119,8 +119,9 @@ def report(content: dict[str, Any]) -> str:
     )
     if converted:
         text += (
-            "\n## Converted networks\n\nBy the recipes of the same names, on images of their data sets, decoded and "
-            "normalised before. Accuracy is that of the whole test set, of the original and of the gated network.\n\n"
+            "\n## Converted networks\n\nBy the recipes and options that name them (recipes/README.md), on images of "
+            "their data sets, decoded and normalised before. Accuracy is that of the whole test set, of the original "
+            "and of the gated network.\n\n"
         ) + table(converted, {"accuracy": accuracy})
     return text + every_engine(content["engines"])
 

@@ -300,19 +300,20 @@ def _keep_memory() -> None:
 
 
 def _choose_device(device: str) -> None:
-    """accelerate reads the choice of device from the environment, before its first use."""
-    if not device:
-        return
-    if device == "cpu":
+    """accelerate reads the choice of device from the environment, before its first use.
+
+    By itself it would take other accelerators than CUDA's too, of which some know no float64.
+    """
+    import torch
+
+    if device == "cpu" or not (device or torch.cuda.is_available()):
         os.environ["ACCELERATE_USE_CPU"] = "true"
     elif device.startswith("cuda"):
-        import torch
-
         if not torch.cuda.is_available():
             raise GatefitError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
         if ":" in device:
             os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    else:
+    elif device:
         raise GatefitError(f"--device must be cpu or cuda, not '{device}'")
 
 

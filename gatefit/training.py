@@ -272,11 +272,13 @@ class Trainer:
 
 
 def check_batches(settings: FinetunePart, images: ImageSet) -> None:
-    """Refuse a batch size that cannot be divided among processes and passes, or is more than there are images.
+    """Refuse to train with a batch size that processes and passes cannot share, or that is more than all images.
 
     Raises:
         RecipeError: it is one of these.
     """
+    if not settings.epochs:
+        return
     world = PartialState().num_processes
     if settings.batch_size % (world * settings.accumulate):
         raise RecipeError(
