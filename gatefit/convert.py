@@ -14,7 +14,7 @@ from gatefit.data import Splits, read_data
 from gatefit.errors import CheckpointError, DataError, RecipeError, TrainingError
 from gatefit.evaluate import Evaluation, evaluate
 from gatefit.files import read_json, remove_tree, write_atomically, write_json, write_tensors
-from gatefit.finetune import check, finetune, train_dense
+from gatefit.finetune import check_settings, finetune, train_dense
 from gatefit.gates import gates_of
 from gatefit.models import (
     InputSpec,
@@ -88,7 +88,9 @@ def convert(
             write_atomically(out / RECIPE, lambda file: file.write_text(write_recipe(recipe)))
         if recipe.baseline.epochs:
             planned = rewrite(model, example, recipe.gates.kinds, recipe.gates.form)
-            check(planned, data.train, recipe.finetune, recipe.gates.start)  # now, not when the baseline is trained
+            check_settings(
+                planned, data.train, recipe.finetune, recipe.gates.start
+            )  # now, not when the baseline is trained
             _train_baseline(recipe, model, data, spec, out, resume, say, report)
             trained = True
         gated = retrofit(model, example, recipe.gates.kinds, recipe.gates.form, recipe.gates.fill)

@@ -79,7 +79,7 @@ def finetune(
     if not images.fits(output_count(gated, gated.meta["input"])):
         images = images.unlabelled()
     settings = _resolved(settings or FinetunePart(), l1, target, start, teacher is not None)
-    check(gated, images, settings, start)
+    check_settings(gated, images, settings, start)
     report = report or (lambda _: None)
     closing = GateClosing(gated, images, settings, start, seed, report)
     gates = [p for gate in gates_of(gated).values() for fc in gate.layers for p in fc.parameters()]
@@ -106,7 +106,7 @@ def finetune(
     return history
 
 
-def check(gated: fx.GraphModule, images: ImageSet, settings: FinetunePart, start: str) -> None:
+def check_settings(gated: fx.GraphModule, images: ImageSet, settings: FinetunePart, start: str) -> None:
     """Refuse settings with which no gate would close, or that contradict each other, before anything is trained.
 
     Raises:
