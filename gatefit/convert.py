@@ -78,7 +78,7 @@ def convert(
     reference, model, data, trained = _prepare(recipe, say)
     spec = input_spec(model, recipe.model.image_size or None)
     if trained and not recipe.data.name:
-        data = Splits(data.train.unlabelled(), data.test.unlabelled())  # Imagenette's classes are not the network's
+        data = data.unlabelled()  # Imagenette's classes are not the network's
     data, fitting = _fit_labels(model, data, spec, trained, say)
     example = torch.zeros(2, *spec.shape)
     existed = out.exists()
@@ -87,10 +87,9 @@ def convert(
         if main:
             write_atomically(out / RECIPE, lambda file: file.write_text(write_recipe(recipe)))
         if recipe.baseline.epochs:
+            # What cannot work is refused now, not when the baseline is trained.
             planned = rewrite(model, example, recipe.gates.kinds, recipe.gates.form)
-            check_settings(
-                planned, data.train, recipe.finetune, recipe.gates.start
-            )  # now, not when the baseline is trained
+            check_settings(planned, data.train, recipe.finetune, recipe.gates.start)
             _train_baseline(recipe, model, data, spec, out, resume, say, report)
             trained = True
         gated = retrofit(model, example, recipe.gates.kinds, recipe.gates.form, recipe.gates.fill)
@@ -335,7 +334,7 @@ def _fit_labels(
         )
     has = f"{classes} classes" if classes else "no labels"
     say(f"the data has {has} for {outputs} outputs: its labels are not used, distillation alone trains")
-    return Splits(data.train.unlabelled(), data.test.unlabelled()), False
+    return data.unlabelled(), False
 
 
 def _train_baseline(

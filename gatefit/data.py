@@ -85,6 +85,10 @@ class Splits:
     train: ImageSet
     test: ImageSet
 
+    def unlabelled(self) -> "Splits":
+        """The same images without labels."""
+        return Splits(self.train.unlabelled(), self.test.unlabelled())
+
 
 def read_data(name: str, spec: InputSpec, corrupt: str = "refuse", seed: int = 0, limit: int = 0) -> Splits:
     """Read a data set for a network's input.

@@ -133,11 +133,11 @@ class Trainer:
     def run(self, checkpoint: Path | None = None, resume: bool = False) -> list[Epoch]:
         """Train to the end, from `checkpoint` if there is one and `resume` is set."""
         s = self.settings
-        found = resume and checkpoint is not None and checkpoint.exists()
-        if self._average(float(found)) != float(found):
+        found = checkpoint if resume and checkpoint is not None and checkpoint.exists() else None
+        if self._average(float(found is not None)) not in (0, 1):
             raise CheckpointError(f"only some of the processes find {checkpoint}: all hosts must share its folder")
-        if found and checkpoint is not None:
-            self._restore(checkpoint)
+        if found is not None:
+            self._restore(found)
         elif self.closing is not None:
             self.closing.begin()
         self.objective.to(memory_format=torch.channels_last)
