@@ -28,10 +28,10 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 import gatefit
-from gatefit.coverage import Coverage, cover, kind_of
+from gatefit.commands.coverage import Coverage, cover, kind_of
 from gatefit.files import write_atomically, write_json
-from gatefit.gates import gates_of
-from gatefit.models import ModelReference, build, input_spec, names_like, parse_reference
+from gatefit.gating.gates import gates_of
+from gatefit.inputs.models import ModelReference, build, input_spec, names_like, parse_reference
 
 SECONDS = 300
 SIDE = 64
@@ -146,7 +146,7 @@ def run(names: list[str], largest: float, jobs: int, kept: Path) -> list[Outcome
     """
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # a third of the time was page faults
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gatefit.coverage", "gatefit.surgery"])
+    context.set_forkserver_preload(["gatefit.commands.coverage", "gatefit.gating.insert"])
     done = _kept(kept, largest > 0)
     waiting, large, running = [n for n in reversed(names) if n not in done], list[str](), {}
     with Progress(console=Console(stderr=True)) as bar:

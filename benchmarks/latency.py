@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gatefit.deployment.folder import this_machine
+from gatefit.commands.deploy import this_machine
 from gatefit.files import write_atomically, write_json
 
 ROOT = Path(__file__).parent.parent

@@ -5,7 +5,7 @@ from cifar_resnet import resnet8
 from own_training import digits, train
 
 import gatefit
-from gatefit.gates import gates_of
+from gatefit.gating.gates import gates_of
 
 
 def main() -> None:

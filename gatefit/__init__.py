@@ -1,17 +1,17 @@
 """gatefit: turn a trained network into one that runs only the blocks and channels each image needs."""
 
-import contextlib
-import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-with contextlib.redirect_stdout(sys.stderr):  # what libraries say when they are imported is no result
-    from gatefit.blocks import FoundBlocks, ResidualBlock, Skipped
-    from gatefit.deployment import deploy
+if TYPE_CHECKING:
+    from gatefit.deployment.deploy import deploy
     from gatefit.errors import GatefitError
-    from gatefit.evaluate import Evaluation, evaluate
-    from gatefit.finetune import finetune
-    from gatefit.penalty import salience_penalty
-    from gatefit.store import load, save
-    from gatefit.surgery import find_blocks, retrofit
+    from gatefit.gating.checkpoint import load, save
+    from gatefit.gating.insert import find_blocks, retrofit
+    from gatefit.gating.penalty import salience_penalty
+    from gatefit.graph.blocks import FoundBlocks, ResidualBlock, Skipped
+    from gatefit.training.evaluate import Evaluation, evaluate
+    from gatefit.training.finetune import finetune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,3 +29,31 @@ __all__ = [
     "salience_penalty",
     "save",
 ]
+
+_HOMES = {
+    "Evaluation": "training.evaluate",
+    "FoundBlocks": "graph.blocks",
+    "GatefitError": "errors",
+    "ResidualBlock": "graph.blocks",
+    "Skipped": "graph.blocks",
+    "deploy": "deployment.deploy",
+    "evaluate": "training.evaluate",
+    "find_blocks": "gating.insert",
+    "finetune": "training.finetune",
+    "load": "gating.checkpoint",
+    "retrofit": "gating.insert",
+    "salience_penalty": "gating.penalty",
+    "save": "gating.checkpoint",
+}
+"""Where each public name is defined. PyTorch is imported at the first use of one of them, not by `import gatefit`."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gatefit' has no attribute '{name}'")
+    value = globals()[name] = getattr(import_module(f"gatefit.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,5 @@
 """`python -m gatefit`, which `accelerate launch -m gatefit` runs too."""
 
-from gatefit.cli import main
+from gatefit.commands.cli import main
 
 main()

@@ -97,11 +97,11 @@ class FinetunePart:
     penalty: Literal["macs", "plain"] = "macs"
     """"macs": each salience weighs as its unit's MACs (mean weight 1). "plain": all alike, as in the paper."""
     refit: int = 4000
-    """Training images on which the layers behind closed gates are refitted before training (see `gatefit.refit`);
-    0: none. Fewer are used where they do not fit into memory. Only without a ramp."""
+    """Training images on which the layers behind closed gates are refitted before training (see
+    `gatefit.gating.reconstruct`); 0: none. Fewer are used where they do not fit into memory. Only without a ramp."""
     renew: int = 4
     """How often step gates that do not learn are set anew from data, in the first two thirds of the training: what
-    their units do for a network changes as it learns to do without some (see `gatefit.start`)."""
+    their units do for a network changes as it learns to do without some (see `gatefit.gating.initialise`)."""
     ramp: float | None = None
     """Part of the training in which target or price go from open to their final value; 0: they begin there. Not
     set: 0 with an original to keep to, 0.2 without."""
@@ -109,7 +109,8 @@ class FinetunePart:
     """Weight of distillation from the original network; the labels have the rest. 1 without labels."""
     temperature: float = 4.0
     features: float = 5.0
-    """Weight of the distance to the original's block outputs (see `gatefit.distill`); 0: predictions alone teach."""
+    """Weight of the distance to the original's block outputs (see `gatefit.training.objective`); 0: predictions
+    alone teach."""
     augment: bool = True
     """Random crop (padding 1/8) and horizontal flip."""
     flip: bool = True

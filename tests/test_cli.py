@@ -16,9 +16,9 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from gatefit.cli import app
+from gatefit.commands.cli import app
+from gatefit.commands.display import show_deployment
 from gatefit.deployment.plan import BlockPlan, Deployment, Taken
-from gatefit.display import show_deployment
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = f"{ROOT}/examples/cifar_resnet.py"
@@ -280,7 +280,7 @@ def test_an_error_after_training_loses_nothing(converted, recipe, tmp_path, monk
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("gatefit.convert.evaluate", fails)
+        patch.setattr("gatefit.commands.convert.evaluate", fails)
         result = gatefit("convert", "--recipe", recipe, "--out", out)
     assert result.exit_code == 1 and "no space left" in result.stderr and "--resume" in result.stderr
     assert (out / "checkpoint.safetensors").is_file() and not (out / "report.json").exists()
@@ -289,7 +289,7 @@ def test_an_error_after_training_loses_nothing(converted, recipe, tmp_path, monk
 
 
 def test_what_cannot_work_is_refused_before_the_baseline_is_trained(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("gatefit.convert.train_dense", lambda *_args, **_kwargs: pytest.fail("it was trained"))
+    monkeypatch.setattr("gatefit.commands.convert.train_dense", lambda *_args, **_kwargs: pytest.fail("it was trained"))
     recipe.write_text(recipe.read_text().replace("target = 0.7", "target = 0.01"))
     (tmp_path / "out").mkdir()
     assert "cannot be reached" in refused("convert", "--recipe", recipe, "--out", tmp_path / "out")
@@ -298,9 +298,9 @@ def test_what_cannot_work_is_refused_before_the_baseline_is_trained(recipe, tmp_
 
 def test_labels_of_the_default_images_are_not_those_of_a_trained_network(monkeypatch, tmp_path):
     """Imagenette has ten classes, and so may have a network that was trained on others."""
-    from gatefit.data import read_data
+    from gatefit.inputs.data import read_data
 
-    monkeypatch.setattr("gatefit.convert.read_data", lambda name, *more: read_data(name or "digits", *more))
+    monkeypatch.setattr("gatefit.commands.convert.read_data", lambda name, *more: read_data(name or "digits", *more))
     torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "w.pth")
     options = ["test_resnet", "--weights", tmp_path / "w.pth", "--l1", "1e-4", "--epochs", "0"]
     result = gatefit("convert", *options, "--out", tmp_path / "out", "--json")

@@ -5,9 +5,9 @@ from networks import GATABLE, images, make
 from torch.utils.flop_counter import FlopCounterMode
 
 import gatefit
-from gatefit.control import smallest_share
-from gatefit.cost import Opens, costs_of, macs_per_image, opens_of
-from gatefit.gates import gates_of
+from gatefit.gating.cost import Opens, costs_of, macs_per_image, opens_of
+from gatefit.gating.gates import gates_of
+from gatefit.gating.threshold import smallest_share
 
 STEM = 3 * 8 * 9 * 64
 HEAD = 8 * 10

@@ -3,9 +3,9 @@ import torch
 from networks import Basic, Network
 
 import gatefit
-from gatefit.coverage import cover, kind_of
+from gatefit.commands.coverage import cover, kind_of
 from gatefit.errors import GatefitError
-from gatefit.models import names_like, parse_reference, skeleton
+from gatefit.inputs.models import names_like, parse_reference, skeleton
 
 
 def test_names_by_part_and_by_pattern():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from gatefit.data import as_images, hold_out, normalise, read_data
 from gatefit.errors import DataError
-from gatefit.models import InputSpec
+from gatefit.inputs.data import as_images, hold_out, normalise, read_data
+from gatefit.inputs.models import InputSpec
 
 SPEC = InputSpec((3, 16, 16))
 
@@ -116,7 +116,7 @@ def test_digits_are_embedded():
 
 
 def test_large_sets_are_decoded_on_reading(tmp_path, monkeypatch):
-    monkeypatch.setattr("gatefit.data.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("gatefit.inputs.data.RESIDENT_BYTES", 0)
     root = folder(tmp_path)
     lazy = read_data(str(root), SPEC).train
     monkeypatch.undo()
@@ -164,7 +164,7 @@ def test_a_stream_is_read_into_memory(monkeypatch):
     assert splits.train.labels.tolist() == [0, 1, 2, 0, 1, 2, 0] and splits.train.fits(3)
     assert splits.train.resident.shape == (7, 3, 16, 16)
     assert len(read_data("wds/some", SPEC, limit=4).train) == 4
-    monkeypatch.setattr("gatefit.data.RESIDENT_BYTES", 5 * 3 * 16 * 16)
+    monkeypatch.setattr("gatefit.inputs.data.RESIDENT_BYTES", 5 * 3 * 16 * 16)
     assert len(read_data("wds/some", SPEC, limit=5).train) == 5
     with pytest.raises(DataError, match=r"more than 5 images.*data\.limit"):
         read_data("wds/some", SPEC)

@@ -14,28 +14,28 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gatefit
-from gatefit.cost import costs_of, macs_per_image, opens_of
-from gatefit.deployment import folder as deployment_folder
-from gatefit.deployment.branch import place_of, place_or_none
-from gatefit.deployment.chain import ChainBlock, ChainBlocks, PlainBlock, Pooling
+from gatefit.commands.deploy import load_deployed, write_deployment
+from gatefit.deployment.bench.baselines import BF16, dense_engines
+from gatefit.deployment.bench.memory import held_by, peak_of
+from gatefit.deployment.bench.what_if import keep_open, set_share
 from gatefit.deployment.codebook import assign, choose_codebook, expected_units, most_frequent
+from gatefit.deployment.deploy import folder as deployment_folder
 from gatefit.deployment.dynamic import DynamicBlock
-from gatefit.deployment.engines import OnnxNetwork, masked_onnx, packed
-from gatefit.deployment.folder import load_deployed, write_deployment
-from gatefit.deployment.gathered import GatheredBlock, GatheredConv
-from gatefit.deployment.join import join_chains
-from gatefit.deployment.memory import held_by, peak_of
-from gatefit.deployment.native import kernels, threads, torch_alone
-from gatefit.deployment.native_network import gathered_blocks, gathered_network
-from gatefit.deployment.originals import BF16, dense_engines
+from gatefit.deployment.engines.chain import ChainBlock, ChainBlocks, PlainBlock, Pooling
+from gatefit.deployment.engines.gathered import GatheredBlock, GatheredConv
+from gatefit.deployment.engines.join import join_chains
+from gatefit.deployment.engines.native_network import gathered_blocks, gathered_network
+from gatefit.deployment.engines.prepack import PackedConv
+from gatefit.deployment.engines.runtimes import OnnxNetwork, masked_onnx, packed
+from gatefit.deployment.engines.segments import ONNX, TORCH, OnnxStretch, TorchStretch
+from gatefit.deployment.kernels.native import kernels, threads, torch_alone
 from gatefit.deployment.plan import BlockPlan, never_closes, observe, plan_block
-from gatefit.deployment.prepack import PackedConv
-from gatefit.deployment.stretches import ONNX, TORCH, OnnxStretch, TorchStretch
+from gatefit.deployment.region import place_of, place_or_none
 from gatefit.deployment.tune import forms_of
-from gatefit.deployment.what_if import keep_open, set_share
 from gatefit.errors import DeployError
-from gatefit.fold import fold_batch_norms
-from gatefit.gates import gates_of
+from gatefit.gating.cost import costs_of, macs_per_image, opens_of
+from gatefit.gating.gates import gates_of
+from gatefit.graph.fold import fold_batch_norms
 
 FORMS = ["relu1", "step"]
 
@@ -280,7 +280,7 @@ def test_max_pooling(sizes, image):
 @pytest.mark.parametrize("name", GATABLE)
 def test_gathered_networks_are_exact(name, form, fill, monkeypatch):
     """Where a block cannot be gathered, its codebook serves."""
-    monkeypatch.setattr("gatefit.deployment.stretches.has_onnx", lambda: False)
+    monkeypatch.setattr("gatefit.deployment.engines.segments.has_onnx", lambda: False)
     gated = gated_network(name, form, fill)
     plans = plans_for(gated, images(8))
     deployed = gathered_network(gated, plans, [images(8)])
@@ -378,7 +378,7 @@ class Chains(nn.Module):
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_blocks_behind_each_other_run_in_one_call(threads, monkeypatch):
-    monkeypatch.setattr("gatefit.deployment.stretches.has_onnx", lambda: False)
+    monkeypatch.setattr("gatefit.deployment.engines.segments.has_onnx", lambda: False)
     gated, x, plans, deployed = in_our_kernels(Chains, 8, 9, 9)
     assert [len(m.blocks) for m in deployed.modules() if isinstance(m, ChainBlocks)] == [4, 1]
     with torch.no_grad(), running_on(threads):
@@ -420,7 +420,7 @@ class Whole(nn.Module):
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_whole_network_runs_in_one_call(threads, monkeypatch):
-    monkeypatch.setattr("gatefit.deployment.stretches.has_onnx", lambda: False)
+    monkeypatch.setattr("gatefit.deployment.engines.segments.has_onnx", lambda: False)
     gated, x, _, deployed = in_our_kernels(Whole, 3, 40, 40)
     assert len(gates_of(gated)) == 5
     assert [len(m.blocks) for m in deployed.modules() if isinstance(m, ChainBlocks)] == [8]

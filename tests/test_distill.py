@@ -3,8 +3,8 @@ from networks import Basic, Network
 from torch import nn
 
 import gatefit
-from gatefit.distill import Teacher, feature_distance, with_outputs_of
-from gatefit.gates import gates_of
+from gatefit.gating.gates import gates_of
+from gatefit.training.objective import Teacher, feature_distance, with_outputs_of
 
 IMAGES = torch.zeros(2, 3, 8, 8)
 

@@ -14,17 +14,18 @@ from networks import Basic, Biased, Network
 from torch import nn
 
 import gatefit
-from gatefit.control import price_threshold, threshold_for
-from gatefit.cost import costs_of, macs_per_image, opens_of
-from gatefit.data import as_images, read_data
 from gatefit.errors import CheckpointError, RecipeError, TrainingError
-from gatefit.finetune import GateClosing, train_dense
-from gatefit.gates import gates_of, outputs_of
-from gatefit.models import InputSpec
+from gatefit.gating.cost import costs_of, macs_per_image, opens_of
+from gatefit.gating.gates import gates_of, outputs_of
+from gatefit.gating.initialise import _guess, _Probe, _ridge, start_from_data
+from gatefit.gating.reconstruct import refit
+from gatefit.gating.threshold import price_threshold, threshold_for
+from gatefit.inputs.data import as_images, read_data
+from gatefit.inputs.loader import augment
+from gatefit.inputs.models import InputSpec
 from gatefit.recipe import FinetunePart
-from gatefit.refit import refit
-from gatefit.start import _guess, _Probe, _ridge, start_from_data
-from gatefit.training import Trainer, _optimizer, augment, recalibrate
+from gatefit.training.finetune import GateClosing, train_dense
+from gatefit.training.trainer import Trainer, _optimizer, recalibrate
 
 SPEC = InputSpec((3, 8, 8), (0.3,) * 3, (0.35,) * 3)
 SHORT = FinetunePart(epochs=4, batch_size=64, target=0.6, flip=False, recalibrate=600)
@@ -248,7 +249,7 @@ def test_the_start_predicts_what_matters(dense, digits):
 
 
 def _floats(digits, start):
-    from gatefit.data import normalise
+    from gatefit.inputs.data import normalise
 
     return normalise(digits.train.__getitems__(list(range(start, start + 100)))[0], SPEC)
 
@@ -496,7 +497,7 @@ torch.set_num_threads(1)
 from dataclasses import replace
 import gatefit
 from test_finetune import SHORT, SPEC, gate, network, plain_losses
-from gatefit.data import read_data
+from gatefit.inputs.data import read_data
 from safetensors.torch import load_file
 from accelerate import PartialState
 PartialState(cpu=True)

@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from gatefit.fold import fold_batch_norms
+from gatefit.graph.fold import fold_batch_norms
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from gatefit.gates import LEAK, relu1, scale, step
+from gatefit.gating.gates import LEAK, relu1, step
+from gatefit.graph.ops import scale
 
 
 def slope(function, at):

@@ -7,7 +7,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from gatefit.errors import ModelError
-from gatefit.models import build, input_spec, load_weights, parse_reference, recognise
+from gatefit.inputs.models import build, input_spec, load_weights, parse_reference, recognise
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "cifar_resnet.py"
 

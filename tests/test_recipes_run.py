@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from test_recipe import RECIPES
 
-from gatefit.convert import convert
-from gatefit.models import build, parse_reference
+from gatefit.commands.convert import convert
+from gatefit.inputs.models import build, parse_reference
 from gatefit.recipe import read_recipe
 
 

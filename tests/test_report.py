@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gatefit.data import ImageSet
-from gatefit.evaluate import Evaluation, GateUse
-from gatefit.report import pictures
-from gatefit.report.result import Result
-from gatefit.report.write import write_report
+from gatefit.commands.report import pictures
+from gatefit.commands.report.result import Result
+from gatefit.commands.report.write import write_report
+from gatefit.inputs.data import ImageSet
+from gatefit.training.evaluate import Evaluation, GateUse
 
 TITLES = ["accuracy", "macs", "extremes", "gates", "classes", "channels", "training", "time"]
 HISTORY = [{"epoch": e, "loss": 2.0 / e, "accuracy": 0.5 + 0.1 * e, "share": 0.6, "lr": 0.1} for e in (1, 2, 3)]

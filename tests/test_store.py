@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import gatefit
 from gatefit.errors import CheckpointError
-from gatefit.models import ModelReference, build
+from gatefit.inputs.models import ModelReference, build
 
 
 @pytest.fixture

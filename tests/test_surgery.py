@@ -7,11 +7,12 @@ from networks import CASES, GATABLE, Basic, images, make
 from torch import nn
 
 import gatefit
-from gatefit import channels, surgery
-from gatefit.blocks import MaskPoint
 from gatefit.errors import ConversionError, GatefitError, RecipeError
-from gatefit.gates import PREFIX, gates_of, outputs_of
-from gatefit.verify import verify
+from gatefit.gating import insert
+from gatefit.gating.gates import PREFIX, gates_of, outputs_of
+from gatefit.gating.verify import verify
+from gatefit.graph import channels
+from gatefit.graph.blocks import MaskPoint
 
 
 @pytest.mark.parametrize("fill", [False, True])
@@ -242,7 +243,7 @@ def test_untraced_parameters_have_a_message():
 def test_mask_points_stand_behind_the_activation():
     found = gatefit.find_blocks(make("basic"), images())
     assert found.blocks[0].gated.masks == (MaskPoint("relu", 1, 1),)
-    assert surgery.no_block_message("x", found).startswith("x has no residual block")
+    assert insert.no_block_message("x", found).startswith("x has no residual block")
 
 
 def _ran(gated):

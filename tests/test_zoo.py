@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gatefit.coverage import cover
+from gatefit.commands.coverage import cover
 
 TIMM = [
     "bat_resnext26ts", "botnet26t_256", "cait_xxs24_224", "coat_lite_tiny", "convmixer_768_32", "convnext_atto",

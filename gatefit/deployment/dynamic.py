@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.deployment.activations import activation_of
-from gatefit.deployment.branch import INPUTS, Place, cut, cut_ahead
 from gatefit.deployment.plan import BlockPlan, never_runs
-from gatefit.fold import fold_in_place
-from gatefit.gates import Gate, gates_of
+from gatefit.deployment.region import INPUTS, Place, cut, cut_ahead
+from gatefit.gating.gates import Gate, gates_of
+from gatefit.graph.activations import activation_of
+from gatefit.graph.fold import fold_in_place
 
 HOLDER = "gatefit_deployed"
 
@@ -52,7 +52,7 @@ class Saliences(nn.Module):
         return found
 
     def given(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Saliences of the block and of its units, and what is left behind (see `gatefit.deployment.branch.INPUTS`)."""
+        """Saliences of the block and of its units, and what is left behind (see `gatefit.deployment.region.INPUTS`)."""
         gate = self.gate
         whole = None if gate.block is None else gate.salience(logits[:, :1])
         if gate.channel is None:

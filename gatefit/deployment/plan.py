@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from gatefit.cost import Placement, costs_of, macs_per_image, opens_of
-from gatefit.deployment.branch import Place, cut, place_of, place_or_none
 from gatefit.deployment.codebook import choose_codebook, most_frequent
+from gatefit.deployment.region import Place, cut, place_of, place_or_none
 from gatefit.errors import DeployError
-from gatefit.gates import Gate, gates_of
+from gatefit.gating.cost import Placement, costs_of, macs_per_image, opens_of
+from gatefit.gating.gates import Gate, gates_of
 
 EXACT_SHARE = 0.9
 """Share of images that have to ask for one of a few masks for entries that serve no others."""

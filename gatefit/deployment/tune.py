@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from gatefit.cost import Placement
-from gatefit.deployment.branch import Place
 from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.plan import BlockPlan, Seen, plan_block
-from gatefit.gates import gates_of
+from gatefit.deployment.region import Place
+from gatefit.gating.cost import Placement
+from gatefit.gating.gates import gates_of
 
 ROUNDS = 7
 

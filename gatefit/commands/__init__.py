@@ -1,0 +1,1 @@
+"""The command line: folder to folder, and what the screen shows."""

@@ -1,0 +1,77 @@
+"""What `gatefit bench` runs: a converted folder, or any network with gates that close at random."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+
+from gatefit.commands.convert import open_folder
+from gatefit.deployment.bench.timing import Row, Timing, bench
+from gatefit.deployment.bench.what_if import keep_open, set_share
+from gatefit.deployment.deploy import deploy
+from gatefit.deployment.engines.runtimes import OnnxNetwork, Run, has_onnx
+from gatefit.errors import DeployError
+from gatefit.gating.insert import retrofit
+from gatefit.inputs.data import some_images
+from gatefit.inputs.models import build, input_spec, parse_reference
+
+IMAGES = 64
+"""Of which masks are chosen, and that are timed."""
+
+
+def run_bench(
+    network: str, data: str, batches: list[int], what_if: float | None, threads: int, rounds: int
+) -> tuple[list[Timing], list[Row]]:
+    """Time a folder or model, see `gatefit.deployment.bench.timing.bench`; the number of threads is put back.
+
+    Raises:
+        GatefitError: there is no such folder or model, or a model without `what_if`.
+    """
+    before = torch.get_num_threads()
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        if Path(network).is_dir():
+            original, gated, images = _folder(Path(network), data)
+        elif what_if is None:
+            raise DeployError(f"'{network}' is no folder; a model that is not converted needs --what-if SHARE")
+        else:
+            original, gated, images = _what_if(network, what_if)
+        # Written ahead: what exporting leaves in memory is not the network's.
+        file = deploy(gated, images, "onnx").model if has_onnx() else None
+        timings: list[Timing] = []
+        rows: list[Row] = []
+        for size in batches:
+            deployed: dict[str, Callable[[], Run]] = {"torch": functools.partial(deploy, gated, images, batch=size)}
+            if isinstance(file, bytes):
+                deployed["onnxruntime"] = functools.partial(OnnxNetwork, file)
+            some_timings, some_rows = bench(original, gated, deployed, images, size, rounds)
+            timings, rows = timings + some_timings, rows + some_rows
+        return timings, rows
+    finally:
+        torch.set_num_threads(before)
+
+
+def _folder(folder: Path, data: str) -> tuple[nn.Module, fx.GraphModule, Tensor]:
+    opened = open_folder(folder, data)
+    if opened.original is None:
+        raise DeployError(f"{folder} does not hold the original network to compare with")
+    return opened.original, opened.gated, some_images(opened.data.train, opened.gated.meta["input"], IMAGES)
+
+
+def _what_if(name: str, share: float) -> tuple[nn.Module, fx.GraphModule, Tensor]:
+    if not 0 < share <= 1:
+        raise DeployError(f"--what-if must lie between 0 and 1, not {share}")
+    torch.manual_seed(0)
+    model = build(parse_reference(name)).eval()
+    shape = input_spec(model).shape
+    gated = retrofit(model, torch.zeros(2, *shape), "lc", "step").eval()
+    # Noise with a colour of its own for each image: without it all images look alike once they are pooled.
+    images = torch.randn(IMAGES, *shape) + torch.randn(IMAGES, shape[0], 1, 1)
+    if share < 1:
+        set_share(gated, images, share)
+    else:
+        keep_open(gated, images)
+    return model, gated, images

@@ -1,0 +1,209 @@
+"""A deployment beside the gated network that it was made from: `deployment.json`, and for ONNX the file itself."""
+
+import statistics
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gatefit.commands.convert import Opened
+from gatefit.deployment.bench.baselines import dense_engines
+from gatefit.deployment.bench.timing import times
+from gatefit.deployment.deploy import Backend, deploy, whole_batches
+from gatefit.deployment.dynamic import assemble
+from gatefit.deployment.engines.native_network import gathered_blocks, gathered_network
+from gatefit.deployment.engines.runtimes import OnnxNetwork, Run, masked_onnx, need_onnx, packed
+from gatefit.deployment.kernels.native import processor
+from gatefit.deployment.plan import BlockPlan, Deployment, Taken
+from gatefit.deployment.region import Place, place_or_none
+from gatefit.errors import CheckpointError, DeployError
+from gatefit.files import read_json, write_atomically, write_json
+from gatefit.gating.checkpoint import load
+from gatefit.gating.cost import Placement
+from gatefit.gating.gates import gates_of
+from gatefit.inputs.data import some_images
+
+FILE = "deployment.json"
+FORMAT = 4
+CALIBRATION = 256
+"""Training images that masks are chosen by; where channels are harvested, as many others are compared."""
+ROUNDS = 12
+"""Of timing the deployed network beside the original."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a deployment was tuned for, in words."""
+
+    processor: str
+    threads: int
+    torch: str
+
+
+def this_machine() -> Machine:
+    """The machine at hand."""
+    return Machine(processor("model name"), torch.get_num_threads(), torch.__version__)
+
+
+def write_deployment(
+    folder: Path,
+    plans: tuple[BlockPlan, ...],
+    engines: tuple[str, ...] | None = None,
+    model: bytes | None = None,
+    onnx: Path | None = None,
+) -> None:
+    """Write `deployment.json` into the folder of the gated network, and an ONNX file.
+
+    Args:
+        folder: of the gated network.
+        plans: of its blocks.
+        engines: of the stretches of a gathered network, see `gatefit.deployment.engines.native_network`.
+        model: the ONNX file's content.
+        onnx: the ONNX file.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
+    if model is not None and onnx is not None:
+        write_atomically(onnx, lambda file: file.write_bytes(model))
+    machine = this_machine()
+    blocks = [
+        {
+            "name": p.name,
+            "skip": p.skip,
+            "exact": p.exact,
+            "reason": p.reason,
+            "parallel": p.parallel,
+            "codebook": None if p.codebook is None else [e.nonzero()[:, 0].tolist() for e in p.codebook],
+        }
+        for p in plans
+    ]
+    content = {
+        "format": FORMAT,
+        "backend": "torch" if model is None else "onnx",
+        "file": None if onnx is None else str(onnx.absolute()),
+        "engines": engines,
+        "machine": {"processor": machine.processor, "threads": machine.threads, "torch": machine.torch},
+        "blocks": blocks,
+    }
+    write_json(folder / FILE, content)
+
+
+def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule | OnnxNetwork:
+    """Read a deployment back, in any process; outputs are the same to the bit on the same machine.
+
+    Args:
+        folder: of the gated network.
+        model: the original architecture, for networks that neither timm nor torchvision has (see `gatefit.load`).
+
+    Raises:
+        CheckpointError: the folder holds no deployment, or it is damaged.
+        DeployError: what runs it is not installed.
+    """
+    folder = Path(folder)
+    content = read_json(folder / FILE)
+    try:
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{folder / FILE} has format {content['format']}; this gatefit reads {FORMAT}")
+        if content["backend"] == "onnx":
+            need_onnx()
+            return OnnxNetwork(Path(content["file"]).read_bytes())
+        gated = load(folder, model)
+        gates = gates_of(gated)
+        plans: dict[str, tuple[BlockPlan, Place | None]] = {}
+        for block in content["blocks"]:
+            gate = gates[block["name"]]
+            plan = BlockPlan(
+                block["name"],
+                block["skip"],
+                _codebook(block["codebook"], gate.of.units),
+                block["exact"],
+                block["reason"],
+                block["parallel"],
+            )
+            plans[plan.name] = (plan, place_or_none(gated, gate))
+        if content["engines"] is None:
+            deployed = packed(assemble(gated, plans))
+        else:
+            image = torch.zeros(1, *gated.meta["input"].shape)
+            deployed = gathered_network(gated, plans, [image], content["engines"])
+        deployed.meta["plans"] = tuple(plan for plan, _ in plans.values())
+        return deployed
+    except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
+        raise CheckpointError(
+            f"{folder / FILE} is damaged or does not fit its network: {error}; deploy anew"
+        ) from error
+
+
+def _codebook(entries: list[list[int]] | None, units: int) -> Any:
+    if entries is None:
+        return None
+    codebook = torch.zeros(len(entries), units, dtype=torch.bool)
+    for row, entry in zip(codebook, entries, strict=True):
+        row[entry] = True
+    return codebook
+
+
+def deploy_folder(
+    folder: Path,
+    opened: Opened,
+    backend: Backend,
+    masks: int,
+    harvest: bool,
+    batch: int,
+    out: Path | None,
+    placement: Placement,
+) -> Deployment:
+    """Deploy what `convert` wrote, and write the deployment beside it.
+
+    Beside the ONNX file stands one that ends in "-masked", see `gatefit.deployment.engines.runtimes.masked_onnx`.
+    """
+    if out is not None and backend != "onnx":
+        raise DeployError("--out names the ONNX file; it needs --backend onnx")
+    images = some_images(opened.data.train, opened.gated.meta["input"], 2 * CALIBRATION if harvest else CALIBRATION)
+    images, others = images[:CALIBRATION], images[CALIBRATION:]
+    if harvest and not len(others):
+        raise DeployError(f"--harvest needs more than {CALIBRATION} training images, to see what it changes on others")
+    deployed = deploy(opened.gated, images, backend, masks, harvest=harvest, batch=batch, placement=placement)
+    if isinstance(deployed, OnnxNetwork):
+        file = out or folder / "model.onnx"
+        masked = masked_onnx(opened.gated, images[:1])
+        write_atomically(file.with_stem(f"{file.stem}-masked"), lambda temporary: temporary.write_bytes(masked))
+        write_deployment(folder, deployed.plans, model=deployed.model, onnx=file)
+        plans, batch, engines = deployed.plans, 1, {"onnxruntime"}
+    else:
+        write_deployment(folder, deployed.meta["plans"], deployed.meta.get("engines"))
+        plans, engines = tuple(deployed.meta["plans"]), {"torch, packed", "torch, gathered", "onnxruntime"}
+    agreement = _agreement(deployed, opened.gated, others)
+    taken = None if opened.original is None else _taken(deployed, opened.original, images, batch, engines)
+    gathered = gathered_blocks(deployed) if isinstance(deployed, fx.GraphModule) else {}
+    return Deployment(plans, gathered, agreement, taken)
+
+
+@torch.no_grad()
+def _taken(deployed: Run, original: nn.Module, images: Tensor, batch: int, engines: set[str]) -> Taken | None:
+    """Time it beside the original in the fastest of `engines` that can be made; None where none can: a deployment that
+    is written stands without."""
+    batches = whole_batches(images, batch, ROUNDS)
+    originals = dict[str, Run]()
+    with suppress(Exception):
+        for name, make in dense_engines(original, batches[0]).items():
+            with suppress(Exception):
+                originals |= {name: make()} if name in engines else {}
+    if not originals:
+        return None
+    measured = times({"deployed": deployed, **originals}, batches, ROUNDS)
+    medians = {name: statistics.median(taken) for name, taken in measured.items()}
+    engine = min(originals, key=lambda name: medians[name])
+    return Taken(batch, medians["deployed"], medians[engine], engine)
+
+
+@torch.no_grad()
+def _agreement(deployed: Run, gated: fx.GraphModule, images: Tensor) -> float | None:
+    if not len(images):
+        return None
+    pairs = [(deployed(x).argmax(1), gated(x).argmax(1)) for x in images.split(32)]
+    return float(torch.cat([a == b for a, b in pairs]).double().mean())

@@ -1,0 +1,1 @@
+"""Timing: the original in its fastest forms beside the deployed network."""

@@ -1,0 +1,1 @@
+"""What runs a deployed network, block by block or whole."""

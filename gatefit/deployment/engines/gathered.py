@@ -1,0 +1,185 @@
+"""Blocks that run just what an image opens, mask by mask: rows and columns of weights are read where they lie.
+
+No codebook stands between a mask and its cost, so gates that give each image a mask of its own save what they close.
+Images are run one by one, laid out (C, H, W).
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gatefit.deployment.dynamic import Saliences, reads_saliences
+from gatefit.deployment.engines.prepack import replace_convs
+from gatefit.deployment.kernels.native import Kernels, kernels, threads
+from gatefit.deployment.plan import BlockPlan
+from gatefit.deployment.region import Place, cut
+from gatefit.errors import DeployError
+from gatefit.gating.gates import Gate
+from gatefit.graph.activations import PLAIN
+from gatefit.graph.fold import fold_in_place
+
+OPEN = "open"
+"""What a gathered way is given besides `gatefit.deployment.region.INPUTS`: the open units, (n,) int64."""
+
+
+_BOUNDS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "hardtanh": (0.0, 6.0)}
+"""Activations that the kernels know."""
+
+
+class GatheredConv(nn.Module):
+    """A convolution of single images by some rows and columns of its weight, what is added to it, its activation.
+
+    Args:
+        conv: not grouped or depthwise; not dilated, square, padded with zeros.
+        activation: a key of `gatefit.graph.activations.PLAIN`.
+    """
+
+    every_row: Tensor
+    every_column: Tensor
+
+    def __init__(self, conv: nn.Conv2d, activation: str = "none") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(conv.weight.detach().contiguous(), requires_grad=False)
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), requires_grad=False)
+        self.stride, self.padding = int(conv.stride[0]), int(conv.padding[0])
+        self.depthwise = conv.groups > 1
+        self.bounds = _BOUNDS.get(activation, _BOUNDS["none"])
+        self.after = nn.Identity() if activation in _BOUNDS else PLAIN[activation]()
+        self.register_buffer("every_row", torch.arange(conv.out_channels), persistent=False)
+        self.register_buffer("every_column", torch.arange(conv.in_channels), persistent=False)
+
+    def forward(
+        self, x: Tensor, added: Tensor | None = None, rows: Tensor | None = None, columns: Tensor | None = None
+    ) -> Tensor:
+        """activation(conv(x) + added), for x (B, C, H, W) float32 that holds the `columns` alone; of the `rows`."""
+        run = need_kernels(x)
+        rows = self.every_row if rows is None else rows
+        columns = self.every_column if columns is None else columns
+        size = self.weight.shape[2]
+        height, width = ((s + 2 * self.padding - size) // self.stride + 1 for s in x.shape[2:])
+        x = x.contiguous()
+        result = x.new_empty(len(x), len(rows), height, width)
+        sizes = (size, self.stride, self.padding)
+        if self.depthwise:
+            bounds = self.bounds if added is None else _BOUNDS["none"]
+            places = _pointers(x, self.weight, self.bias, rows, result)
+            run.depthwise(*places, *x.shape, *sizes, *bounds, threads())
+            result = result if added is None else (result + added).clamp(*self.bounds)
+        else:
+            added = None if added is None else added.contiguous()
+            places = _pointers(x, self.weight, self.bias, rows, columns, added, result)
+            counts = (len(rows), self.weight.shape[1])
+            run.conv(*places, *x.shape, *counts, *sizes, *self.bounds, threads())
+        done: Tensor = self.after(result)
+        return done
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "GatheredConv":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weight.data = self.weight.data.contiguous()  # whatever layout was asked for: the kernels read this one
+        return self
+
+
+def need_kernels(x: Tensor) -> Kernels:
+    """The kernels; DeployError where there are none, or for what they cannot run."""
+    run = kernels()
+    if run is None:
+        raise DeployError("this deployment needs a C++ compiler (g++ or clang++); deploy anew on this machine")
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise DeployError(f"this deployment takes float32 on the CPU, not {x.dtype} on {x.device}; deploy anew there")
+    return run
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if t is None else t.data_ptr() for t in tensors]
+
+
+def _gathered(conv: nn.Conv2d, activation: str) -> GatheredConv | None:
+    square = all(len(set(s)) == 1 for s in (conv.kernel_size, conv.stride, conv.padding))
+    plain = set(conv.dilation) == {1} and conv.weight.dtype == torch.float32
+    each = conv.groups == conv.in_channels == conv.out_channels
+    return GatheredConv(conv, activation) if square and plain and (conv.groups == 1 or each) else None
+
+
+class ChannelsLastPool(nn.MaxPool2d):
+    """Max pooling as PyTorch does it several times faster than of planes: with the channels innermost."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From and to (B, C, H, W) with planes that lie together."""
+        pooled: Tensor = super().forward(x.contiguous(memory_format=torch.channels_last))
+        return pooled.contiguous()
+
+
+def with_gathered_convs(network: fx.GraphModule) -> fx.GraphModule:
+    """Run a network's convolutions by the kernel of this module, where it can; in place."""
+    for name, pool in list(network.named_modules()):
+        if type(pool) is nn.MaxPool2d and not pool.return_indices:
+            sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+            network.set_submodule(name, ChannelsLastPool(*sizes, ceil_mode=pool.ceil_mode))
+    return replace_convs(network, _gathered)
+
+
+class GatheredBlock(nn.Module):
+    """A block that runs just the open units of its branch: (input, shortcut) -> shortcut + branch.
+
+    Raises:
+        DeployError: its branch holds what cannot be run by parts.
+    """
+
+    def __init__(self, gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> None:
+        super().__init__()
+        self.saliences = Saliences(gate, replace(plan, skip=True, codebook=None))
+        self.way = gathered_way(gated, gate, place)
+        self.bare = not reads_saliences(self.way)
+        self.after = nn.ReLU() if place.relu is not None else nn.Identity()
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """Add the branch of x, (B, C, H, W), to the shortcut, and apply what comes right behind."""
+        logits = self.saliences.logits(x)
+        opened = logits > 0
+        given: tuple[Tensor | None, ...] = (None, None, None) if self.bare else self.saliences.given(logits)
+        skip = self.saliences.skip
+        results = []
+        for i in range(len(x)):
+            one = slice(i, i + 1)
+            if skip and not opened[i, 0]:
+                results.append(self.after(shortcut[one]))
+                continue
+            units = opened[i, 1:] if self.saliences.gate.block is not None else opened[i]
+            parts = [None if t is None else t[one] for t in given]
+            results.append(self.way(x[one], shortcut[one], *parts, units.nonzero()[:, 0]))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def gathered_way(gated: fx.GraphModule, gate: Gate, place: Place) -> fx.GraphModule:
+    """The block with all its units, of which it runs those it is told."""
+    hard = gate.form == "step"
+    way = fold_in_place(cut(gated, gate, place, None, not hard, not hard))
+    with_gathered_convs(way)
+    graph = way.graph
+    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+        opened = graph.placeholder(OPEN)
+        channel = next(n for n in graph.nodes if n.target == "channel")
+        if channel.users:
+            chosen = graph.call_function(torch.index_select, (channel, 1, opened))
+            channel.replace_all_uses_with(chosen, delete_user_cb=lambda user: user is not chosen)
+    roles: dict[str, dict[str, Any]] = {}
+    units = gate.of.gated if gate.channel is not None else None
+    if units is not None and (units.opaque or units.factors):
+        raise DeployError("its channels meet others on their way")
+    for piece in units.slices if units is not None else ():
+        path = piece.tensor.rpartition(".")[0]
+        module = dict(way.named_modules()).get(path)
+        if module is None:  # a batch norm, folded
+            continue
+        if not isinstance(module, GatheredConv) or piece.per_unit != 1:
+            raise DeployError(f"'{path}' cannot be run by parts")
+        roles.setdefault(path, {})["rows" if piece.axis == 0 else "columns"] = opened
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in roles:
+            node.kwargs = roles[str(node.target)]
+    graph.lint()
+    way.recompile()
+    return way

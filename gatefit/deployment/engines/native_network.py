@@ -1,0 +1,49 @@
+"""A deployed network that runs for each image just the units it opens, with compiled kernels."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, fx, nn
+
+from gatefit.deployment.dynamic import DynamicBlock, assemble
+from gatefit.deployment.engines.chain import ChainBlock, ChainBlocks
+from gatefit.deployment.engines.gathered import GatheredBlock
+from gatefit.deployment.engines.segments import with_fast_stretches
+from gatefit.deployment.plan import BlockPlan
+from gatefit.deployment.region import Place
+from gatefit.errors import DeployError
+from gatefit.gating.gates import Gate
+
+
+def gathered_network(
+    gated: fx.GraphModule,
+    plans: dict[str, tuple[BlockPlan, Place | None]],
+    batches: Sequence[Tensor],
+    engines: Sequence[str] | None = None,
+) -> fx.GraphModule:
+    """Blocks as `ChainBlocks` if they can be, else as a `GatheredBlock` each, else as `plans` says.
+
+    What lies between them runs as `gatefit.deployment.engines.segments.with_fast_stretches` says; the engines that
+    it chose stand in `.meta["engines"]`.
+    """
+    network, chosen = with_fast_stretches(assemble(gated, plans, _block), batches, engines)
+    network.meta["engines"] = chosen
+    return network
+
+
+def gathered_blocks(network: nn.Module) -> dict[str, bool]:
+    """Blocks of a deployed network that run just what each image opens, by name, and whether they are skipped."""
+    saliences = [m.saliences for m in network.modules() if isinstance(m, ChainBlock | GatheredBlock)]
+    return {s.gate.of.name: s.skip for s in saliences}
+
+
+def _block(gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> nn.Module:
+    for kind in (_chained, GatheredBlock):
+        try:
+            return kind(gated, gate, place, plan)
+        except DeployError:
+            continue
+    return DynamicBlock(gated, gate, place, plan)
+
+
+def _chained(gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> ChainBlocks:
+    return ChainBlocks([ChainBlock(gated, gate, place, plan)])

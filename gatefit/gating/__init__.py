@@ -1,0 +1,1 @@
+"""Gates: inserted, proved, costed, set from data, saved and loaded."""

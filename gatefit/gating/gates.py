@@ -1,0 +1,190 @@
+"""The two gates of a block and how their saliences are applied (LC-Net, arXiv 2007.15151)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gatefit.errors import GatefitError
+from gatefit.graph.blocks import ResidualBlock
+
+GateForm = Literal["relu1", "step"]
+"""Form of the saliences: the paper's ReLU-1, or 0/1 (a step, trained straight-through)."""
+
+PREFIX = "gatefit"
+"""Every parameter that a retrofit adds stands under this prefix."""
+
+LEAK = 0.01
+"""Slope of the leaky ReLU-1 outside [0, 1]."""
+
+
+def relu1(x: Tensor, leak: float = 0.0) -> Tensor:
+    """min(max(x, 0), 1), with slope `leak` outside [0, 1]. At 0 and 1 themselves the gradient is whole."""
+    # Not clamp: its gradient at the very corner, where a fresh gate stands, differs between torch versions.
+    nearest = x.detach().clamp(0, 1)
+    return torch.where((x >= 0) & (x <= 1), x, nearest + leak * (x - nearest))
+
+
+def step(x: Tensor) -> Tensor:
+    """1 where x > 0, else 0; in the backward pass the gradient passes with slope 1/2 for |x| <= 1."""
+    hard = (x > 0).to(x.dtype)
+    soft = torch.where(x.abs() <= 1, x / 2, x.detach())
+    return hard + (soft - soft.detach()) if x.requires_grad else hard
+
+
+@dataclass(frozen=True)
+class GateOutputs:
+    """What a gate computed in its last forward; each tensor has the gradient of that forward."""
+
+    block: Tensor | None
+    """Pre-activation of the block gate, (B, 1), float."""
+    channel: Tensor | None
+    """Pre-activations of the channel gate, (B, units), float."""
+
+
+class Gate(nn.Module):
+    """L-Net and C-Net of one block on one shared pooling: S = ReLU1(FC(GAP(x))).
+
+    It starts as the identity: weight 0 and bias 1, so that every salience is exactly 1.
+
+    Args:
+        of: the block that it gates.
+        gates: "lc" for both gates, "l" for the block gate alone, "c" for the channel gate alone.
+        form: see `GateForm`.
+        fill: whether closed units leave behind what they were predicted to be: the layer that reads them gets
+            fill((1 - S_C) * max(z + lowered, 0) / 8) added to each position, where z are the pre-activations. Not
+            in the paper; 0 at the start.
+    """
+
+    lowered: Tensor
+    """By how much each pre-activation was lowered since the start, (units,); only with a fill."""
+
+    def __init__(self, of: ResidualBlock, gates: str = "lc", form: GateForm = "relu1", fill: bool = False) -> None:
+        super().__init__()
+        self.of = of
+        self.form = form
+        self.block = _identity_fc(of.features, 1) if "l" in gates else None
+        self.channel = _identity_fc(of.features, of.units) if "c" in gates and of.units else None
+        self.fill: nn.Linear | None = None
+        consumer = of.gated.consumer if of.gated else None
+        if fill and self.channel is not None and consumer is not None:
+            self.fill = nn.Linear(of.units, consumer.channels, bias=False)
+            nn.init.zeros_(self.fill.weight)
+            self.register_buffer("lowered", torch.zeros(of.units))
+        self.outputs: GateOutputs | None = None
+
+    @property
+    def layers(self) -> list[nn.Linear]:
+        """L-Net's and C-Net's layer: what `finetune.gate_lr` is the rate of."""
+        return [fc for fc in (self.block, self.channel) if fc is not None]
+
+    @property
+    def macs(self) -> int:
+        """MACs per image of the gate itself."""
+        fills = [] if self.fill is None else [self.fill]
+        return sum(fc.in_features * fc.out_features for fc in self.layers + fills)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Global average pooling of the block's input over all but batch and channels: (B, features)."""
+        axes = [a for a in range(1, x.dim()) if a != self.of.entry_axis]
+        return x.mean(axes) if axes else x
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Saliences in [0, 1] of the block, (B, 1), and of its units, (B, units); and the fill, (B, channels)."""
+        # Straight-through slopes teach the gate; passed on to the layers before it they were noise that cost points.
+        pooled = self.pool(x.detach() if self.form == "step" else x)
+        block = None if self.block is None else _linear(self.block, pooled)
+        channel = None if self.channel is None else _linear(self.channel, pooled)
+        self.outputs = GateOutputs(block, channel)
+        whole = None if block is None else self.salience(block)
+        if channel is None:
+            return whole, None, None
+        salience = self.salience(channel)
+        if self.fill is None:
+            return whole, salience, None
+        return whole, salience, _linear(self.fill, self._left_behind(channel, salience))
+
+    def opened(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What `forward` would give if every unit and the block were open: saliences 1, fill 0."""
+        one, zero = x.new_ones(x.shape[0], 1), x.new_zeros(x.shape[0], 1)
+        block, channel = (None if fc is None else one.expand(-1, fc.out_features) for fc in (self.block, self.channel))
+        return block, channel, None if self.fill is None else zero.expand(-1, self.fill.out_features)
+
+    def left_behind(self, x: Tensor) -> Tensor:
+        """What closed units were predicted to be, 0 for open ones: the input of the fill, (B, units)."""
+        assert self.channel is not None
+        logits = _linear(self.channel, self.pool(x))
+        return self._left_behind(logits, self.salience(logits))
+
+    def _left_behind(self, logits: Tensor, salience: Tensor) -> Tensor:
+        return (1 - salience) * self.predicted(logits)
+
+    def predicted(self, logits: Tensor) -> Tensor:
+        """What pre-activations say of the units, open or closed; scaled so that the fill learns as other layers do."""
+        return (logits + self.lowered).clamp_min(0) / 8
+
+    def salience(self, logits: Tensor) -> Tensor:
+        """Salience of each pre-activation; leaky in training."""
+        if self.form == "step":
+            return step(logits)
+        return relu1(logits, LEAK if self.training else 0.0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The last outputs hang on an autograd graph, which can neither be copied nor pickled.
+        return {**self.__dict__, "outputs": None}
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"of={self.of.name!r}, form={self.form!r}"
+
+
+def _identity_fc(features: int, outputs: int) -> nn.Linear:
+    fc = nn.Linear(features, outputs)
+    nn.init.zeros_(fc.weight)
+    nn.init.ones_(fc.bias)
+    return fc
+
+
+def _linear(fc: nn.Linear, x: Tensor) -> Tensor:
+    # Without autocast: at bf16 the many values near 0 would open and close at random.
+    device = x.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        result: Tensor = fc(x.to(fc.weight.dtype))
+    return result
+
+
+def gates_of(gated: nn.Module) -> dict[str, Gate]:
+    """The gates of a retrofitted network by block name, in order of execution.
+
+    Raises:
+        GatefitError: the network has none.
+    """
+    found = {m.of.name: m for m in gated.modules() if isinstance(m, Gate)}
+    if not found:
+        raise GatefitError("this network has no gates; call gatefit.retrofit(model) first")
+    return found
+
+
+def before_gates(gated: nn.Module, images: Tensor, call: Callable[[Gate, tuple[Tensor, ...]], None]) -> None:
+    """Run a retrofitted network once, and `call` with each gate and its inputs right before it runs."""
+    hooks = [gate.register_forward_pre_hook(call) for gate in gates_of(gated).values()]
+    try:
+        gated(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def outputs_of(gated: nn.Module) -> Iterator[tuple[Gate, GateOutputs]]:
+    """Each gate of `gated` with what it computed in the last forward.
+
+    Raises:
+        GatefitError: no forward has been run.
+    """
+    for name, gate in gates_of(gated).items():
+        if gate.outputs is None:
+            raise GatefitError(f"the gate of block '{name}' has not run; call the network on a batch first")
+        yield gate, gate.outputs

@@ -1,0 +1,170 @@
+"""Repair a gated network without training: refit, layer by layer, what reads changed inputs.
+
+Two runs of the network stand side by side on the same images, one as if every gate were open (the original), one
+gated. Where a convolution or linear layer of the gated run reads other values than the original's, its weights
+move to the ridge regression that gives the original's outputs best, and those of a fill with them. Layers are
+taken in order, so each sees what the repaired ones before it give. No labels, no learning rate.
+(After channel pruning by least squares, He et al., arXiv 1707.06168; here the masks differ from image to image.)
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from gatefit.gating.gates import Gate
+from gatefit.gating.initialise import Tick
+from gatefit.graph.ops import add_fill
+from gatefit.graph.trace import module_of, shape_of
+
+PRIOR_IMAGES = 40
+"""Pull of each weight towards its present value, as if so many images had spoken for it."""
+POSITIONS = 1 << 16
+"""Output positions of a batch that are used, about: more rows than that change nothing."""
+MEMORY = 6 << 30
+"""Bytes that the values of both runs may take, about."""
+LIVE = 4
+"""Large values that stand at once: what a layer reads and what it gives, in both runs."""
+
+
+def images_that_fit(gated: fx.GraphModule) -> int:
+    """How many images `refit` can hold at once."""
+    shapes = [s for n in gated.graph.nodes if (s := shape_of(n)) is not None and len(s) > 1]
+    return max(1, MEMORY // (4 * LIVE * max(math.prod(s[1:]) for s in shapes)))
+
+
+@torch.no_grad()
+def refit(gated: fx.GraphModule, batches: Iterable[Tensor], tick: Tick = lambda done, of: None) -> int:
+    """Refit the layers of `gated` that read changed inputs, in place, with its gates as they are; leaves eval mode.
+
+    Grouped convolutions keep their weights, and so do layers that are called more than once; BN statistics stay.
+
+    Args:
+        gated: from `retrofit`, its thresholds as they will be used.
+        batches: normalised images, (B, C, H, W) each; all are held in memory at once.
+        tick: told after each node.
+
+    Returns:
+        How many layers were refitted.
+    """
+    gated.eval()
+    runs = _Runs(gated, list(batches))
+    calls = [n.target for n in gated.graph.nodes if n.op == "call_module"]
+    refitted = 0
+    for done, node in enumerate(gated.graph.nodes, 1):
+        tick(done, len(gated.graph.nodes))
+        if node.op == "output":
+            break
+        changed = runs.run_open(node)
+        layer = module_of(gated, node)
+        if changed and _can_be_refitted(layer) and calls.count(node.target) == 1:
+            _refit_layer(gated, node, layer, runs)
+            refitted += 1
+        runs.run_gated(node, changed)
+    return refitted
+
+
+class _Runs:
+    """The values of both runs, batch by batch, for as long as a later node reads them."""
+
+    def __init__(self, gated: fx.GraphModule, images: list[Tensor]) -> None:
+        self.gated, self.images = gated, images
+        self.interpreter = fx.Interpreter(gated)
+        self.open: dict[fx.Node, list[Any]] = {}
+        self.actual: dict[fx.Node, list[Any]] = {}
+        """The same list as in `open` where no gate has changed anything yet."""
+        self.read_last: dict[fx.Node, list[fx.Node]] = {}
+        last = {source: node for node in gated.graph.nodes for source in (node, *node.all_input_nodes)}
+        for source, node in last.items():
+            self.read_last.setdefault(node, []).append(source)
+
+    def run_open(self, node: fx.Node) -> bool:
+        """Run a node as if all gates were open; return whether the gated run may give another value."""
+        self.open[node] = [self._value(node, self.open, i) for i in range(len(self.images))]
+        gate = isinstance(module_of(self.gated, node), Gate)
+        return gate or any(self.open[n] is not self.actual[n] for n in node.all_input_nodes)
+
+    def run_gated(self, node: fx.Node, changed: bool) -> None:
+        """Run a node with the gates, if that differs, and drop what nobody reads any more."""
+        self.actual[node] = self.open[node]
+        if changed:
+            values = [self._value(node, self.actual, i) for i in range(len(self.images))]
+            if not isinstance(module_of(self.gated, node), Gate) or not _same(values, self.open[node]):
+                self.actual[node] = values
+        for done in self.read_last.get(node, ()):
+            del self.open[done], self.actual[done]
+
+    def _value(self, node: fx.Node, values: dict[fx.Node, list[Any]], i: int) -> Any:
+        args: Any = fx.map_arg(node.args, lambda n: values[n][i])
+        kwargs: Any = fx.map_arg(node.kwargs, lambda n: values[n][i])
+        if node.op == "placeholder":
+            return self.images[i]
+        module = module_of(self.gated, node)
+        if isinstance(module, Gate) and values is self.open:
+            return module.opened(args[0])
+        return getattr(self.interpreter, node.op)(node.target, args, kwargs)
+
+
+def _same(some: list[Any], others: list[Any]) -> bool:
+    """Whether a gate gave the same in both runs."""
+    pairs = ((a, b) for x, y in zip(some, others, strict=True) for a, b in zip(x, y, strict=True))
+    return all(a is b or torch.equal(a, b) for a, b in pairs)
+
+
+def _can_be_refitted(layer: nn.Module | None) -> bool:
+    if type(layer) is nn.Conv2d:
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return type(layer) is nn.Linear
+
+
+def _refit_layer(gated: fx.GraphModule, node: fx.Node, layer: Any, runs: _Runs) -> None:
+    """Least squares on what is missing: weight += argmin |change . inputs - missing|^2 + prior |change|^2."""
+    source = node.all_input_nodes[0]
+    added = next((n.all_input_nodes[1] for n in node.users if n.target is add_fill), None)
+    fill, kept = _fill(gated, added, runs) if added is not None else (None, [])
+    read = layer.weight[0].numel()
+    size = read + (fill.in_features if fill is not None else 0)
+    gram = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
+    cross = torch.zeros(size, layer.weight.shape[0], dtype=torch.float64, device=layer.weight.device)
+    images = sum(len(x) for x in runs.images)
+    for i, x in enumerate(runs.actual[source]):
+        missing = runs.open[node][i] - layer(x)
+        inputs = _inputs(layer, x)
+        if fill is not None:
+            missing = add_fill(missing, -fill(kept[i]), 1 if isinstance(layer, nn.Conv2d) else -1)
+            inputs = torch.cat([inputs, kept[i][:, :, None].expand(-1, -1, inputs.shape[2])], 1)
+        goal = missing.flatten(2) if isinstance(layer, nn.Conv2d) else _positions(missing)
+        rows, goals = inputs.transpose(0, 1).flatten(1), goal.transpose(0, 1).flatten(1)
+        if (every := rows.shape[1] // POSITIONS) > 1:
+            rows, goals = rows[:, ::every], goals[:, ::every]
+        gram += (rows @ rows.T).double()
+        cross += (rows @ goals.T).double()
+    gram.diagonal().mul_(1 + PRIOR_IMAGES / images).add_(1e-12 * gram.diagonal().max() + 1e-30)
+    change = torch.linalg.solve(gram, cross).T.to(layer.weight.dtype)
+    layer.weight.add_(change[:, :read].reshape(layer.weight.shape))
+    if fill is not None and added is not None:
+        fill.weight.add_(change[:, read:])
+        runs.actual[added] = [fill(k) for k in kept]  # what comes next must see the new one
+
+
+def _fill(gated: fx.GraphModule, added: fx.Node, runs: _Runs) -> tuple[nn.Linear, list[Tensor]]:
+    """The fill that `added` is the output of, and what it reads on each batch."""
+    call = added.all_input_nodes[0]
+    gate = module_of(gated, call)
+    assert isinstance(gate, Gate) and gate.fill is not None
+    return gate.fill, [gate.left_behind(x) for x in runs.actual[call.all_input_nodes[0]]]
+
+
+def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
+    """What each output position reads: (B, inputs, positions)."""
+    if isinstance(layer, nn.Conv2d):
+        assert not isinstance(layer.padding, str)
+        return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    return _positions(x)
+
+
+def _positions(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)

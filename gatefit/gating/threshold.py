@@ -1,0 +1,87 @@
+"""The closed loop on the penalty: one threshold for all gates, moved by the MACs that really run.
+
+Lowering every pre-activation by d is the proximal step of an L1 penalty on the saliences (soft thresholding).
+For a target, the loop finds the d at which the batch would run the wanted share, and goes part of the way.
+For a fixed L1 coefficient c, a unit pays while score^2 / 2 > c per mean unit's MACs (see `gatefit.gating.initialise`),
+so the threshold on the score is sqrt(2 c).
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from gatefit.gating.cost import Costs, Opens, macs_per_image
+from gatefit.gating.gates import outputs_of
+
+GAIN = 0.1
+"""Part of the way to the batch's threshold that one step goes: batches are small samples."""
+STEPS = 18
+
+
+def lower(gated: nn.Module, shift: float, keep: float = 0.0) -> None:
+    """Lower every pre-activation by `shift`; a block's gates stop where `keep` of them are open in the last batch."""
+    with torch.no_grad():
+        for gate, out in outputs_of(gated):
+            for fc, logits in ((gate.block, out.block), (gate.channel, out.channel)):
+                if fc is not None and logits is not None:
+                    by = min(shift, _most(logits, keep))
+                    fc.bias.sub_(by)
+                    if fc is gate.channel and gate.fill is not None:
+                        gate.lowered.add_(by)
+
+
+def threshold_for(gated: nn.Module, costs: Costs, target: float, keep: float = 0.0) -> float:
+    """The shift at which the last batch would run the share `target` of the dense network's MACs."""
+    outputs = {gate.of.name: out for gate, out in outputs_of(gated)}
+    most = {
+        (name, kind): _most(x, keep)
+        for name, out in outputs.items()
+        for kind, x in (("block", out.block), ("channel", out.channel))
+        if x is not None
+    }
+
+    def share(shift: float) -> float:
+        opens = {
+            name: Opens(
+                None if o.block is None else o.block.detach()[:, 0] > min(shift, most[name, "block"]),
+                None if o.channel is None else o.channel.detach() > min(shift, most[name, "channel"]),
+            )
+            for name, o in outputs.items()
+        }
+        return float(macs_per_image(costs, opens).mean()) / costs.dense
+
+    every = [x.detach() for o in outputs.values() for x in (o.block, o.channel) if x is not None]
+    low = min(float(x.min()) for x in every) - 1
+    high = max(float(x.max()) for x in every) + 1
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) > target else (low, middle)
+    return (low + high) / 2
+
+
+def price_threshold(l1: float, factor: float) -> float:
+    """Threshold on the pre-activations for an L1 coefficient; `factor` is what `start_from_data` returned."""
+    return factor * math.sqrt(2 * l1)
+
+
+def smallest_share(costs: Costs, keep: float) -> float:
+    """The share of MACs that is left when all gates are closed as far as the guard lets them."""
+    least = float(costs.base)
+    running: dict[str, float] = {}
+    for b in costs.blocks:
+        reached = running.get(b.parent or "", 1.0)
+        runs = running[b.name] = reached * (keep if b.gated else 1.0)
+        closing = keep if b.scaled or b.first_scaled else 1.0
+        first = b.first * (closing if b.first_scaled else 1)
+        least += reached * b.gate + runs * (b.fixed + closing * b.scaled + first)
+    return least / costs.dense
+
+
+def _most(logits: torch.Tensor, keep: float) -> float:
+    """The largest shift that leaves the share `keep` of these gates open."""
+    if not keep:
+        return float("inf")
+    flat = logits.detach().flatten()
+    rank = max(1, int((1 - keep) * flat.numel()))
+    return float(flat.kthvalue(rank).values)

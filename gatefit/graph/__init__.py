@@ -1,0 +1,1 @@
+"""Analyses and edits of plain torch.fx graphs. Nothing here knows of gates."""

@@ -1,0 +1,220 @@
+"""Trace a network into a torch.fx graph that is safe to analyse and to rewrite."""
+
+import copy
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from gatefit.errors import ConversionError
+from gatefit.graph.tracer import ShapeTracer
+
+Network = TypeVar("Network", bound=nn.Module)
+_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    F.relu_: F.relu,
+    torch.relu_: F.relu,
+}
+
+
+def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
+    """Return a traced deep copy of `model`: out-of-place, without dead nodes, with all original state.
+
+    Every tensor node carries `meta["shape"]` (torch.Size, for the batch size of `example`) when an
+    example is given. The copy has the weights, buffers and train/eval mode of `model`.
+
+    Args:
+        model: any module that torch.fx can trace; untouched.
+        example: input of shape (B, C, H, W); only its shape and dtype are used.
+
+    Raises:
+        ConversionError: the network cannot be traced, or does not take the example.
+    """
+    modes = {name: module.training for name, module in model.named_modules()}
+    analysed = _out_of_place(_on_meta(model))
+    tracer = ShapeTracer(None if example is None else torch.empty_like(example, device="meta"))
+    try:
+        graph = tracer.trace(analysed, concrete_args=_defaults(model))
+    except ConversionError:
+        raise
+    except Exception as error:
+        raise ConversionError(f"{type(model).__name__} cannot be traced by torch.fx: {_first_line(error)}") from error
+    root = _out_of_place(copy.deepcopy(model))
+    _take_constants(graph, analysed, root)
+    _drop_frozen_inputs(graph)
+    _functionalise(graph)
+    traced = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    traced.graph.eliminate_dead_code()
+    _modularise_dropout(traced)
+    _keep_unused_state(traced, root)
+    traced.recompile()
+    for name, module in traced.named_modules():  # one by one: parts of a network may be frozen in eval mode
+        module.training = modes.get(name, model.training)
+    return traced
+
+
+def _out_of_place(network: Network) -> Network:
+    """`network`, with modules that no longer write into what they read."""
+    for module in network.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
+    return network
+
+
+def _on_meta(network: Network) -> Network:
+    """A deep copy on the meta device; the weights are not copied on the way there."""
+    replaced: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        replaced[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(network, replaced)
+
+
+def propagate_shapes(traced: fx.GraphModule, example: Tensor) -> None:
+    """Run `traced` on the meta device and note each tensor node's `meta["shape"]`."""
+    analysed = _on_meta(traced).eval()
+    try:
+        shapes = _ShapeInterpreter(analysed)
+        shapes.run(torch.empty_like(example, device="meta"))
+    except Exception as error:
+        raise ConversionError(
+            f"the network does not take an input of shape {tuple(example.shape)}: {_first_line(error)}; "
+            "pass an example of the size that it was built for"
+        ) from error
+    for node in traced.graph.nodes:
+        if node.name in shapes.found:
+            node.meta["shape"] = shapes.found[node.name]
+
+
+class _ShapeInterpreter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[str, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.found[n.name] = value.shape
+        return value
+
+
+def shape_of(node: object) -> torch.Size | None:
+    """Shape of a node's tensor value, or None where it is no tensor."""
+    return node.meta.get("shape") if isinstance(node, fx.Node) else None
+
+
+def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that a call_module node calls, else None."""
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def reads_size(node: fx.Node) -> bool:
+    """Whether a node asks a tensor for its size only, not for its values."""
+    return node.target in (getattr, "size", "dim") and shape_of(node) is None
+
+
+def path_of(node: fx.Node) -> str:
+    """Qualified name of the innermost module in whose forward the node was recorded; '' at the root."""
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack))) if stack else ""
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _defaults(root: nn.Module) -> dict[str, Any]:
+    """Every argument of forward but the first is baked in with its default."""
+    parameters = list(inspect.signature(root.forward).parameters.values())[1:]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [p for p in parameters if p.kind not in variadic]
+    needed = [p.name for p in named if p.default is inspect.Parameter.empty]
+    if needed:
+        raise ConversionError(f"{type(root).__name__} takes more than one input ({', '.join(needed)})")
+    return {p.name: p.default for p in named}
+
+
+def _take_constants(graph: fx.Graph, analysed: nn.Module, root: nn.Module) -> None:
+    """Tensors that forward made out of nothing are kept with the network."""
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name.startswith("_tensor_constant") and not hasattr(root, name):
+            value = getattr(analysed, name)
+            if value.is_meta:
+                raise ConversionError(f"'{node.name}' is computed from weights in a way that torch.fx does not see")
+            setattr(root, name, value)
+
+
+def _drop_frozen_inputs(graph: fx.Graph) -> None:
+    """concrete_args leave their placeholders behind, with a check each; the network takes one tensor."""
+    frozen = {n for n in graph.nodes if n.op == "placeholder"}
+    frozen.discard(next(n for n in graph.nodes if n.op == "placeholder"))
+    for node in graph.nodes:
+        if any(i in frozen for i in node.all_input_nodes):
+            frozen.add(node)
+    for node in reversed(graph.nodes):
+        if node in frozen:
+            graph.erase_node(node)
+
+
+def _functionalise(graph: fx.Graph) -> None:
+    """Replace in-place operations by their plain forms; later readers of the target read the result."""
+    for node in list(graph.nodes):
+        if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
+            if not hasattr(Tensor, str(node.target)[:-1]):
+                raise ConversionError(f"'{node.name}' writes into a tensor ({node.target}), which a graph cannot hold")
+            node.target = str(node.target)[:-1]
+        elif node.op == "call_function" and node.target in _OUT_OF_PLACE:
+            node.target = _OUT_OF_PLACE[node.target]
+        elif node.op == "call_function" and node.kwargs.get("inplace") is True:
+            node.kwargs = {**node.kwargs, "inplace": False}
+        else:
+            continue
+        target = node.args[0]
+        if isinstance(target, fx.Node):
+            later = {n for n in graph.nodes if node < n}
+            target.replace_all_uses_with(node, delete_user_cb=lambda n: n in later)  # noqa: B023
+
+
+def _modularise_dropout(traced: fx.GraphModule) -> None:
+    """F.dropout(x, p, self.training) was frozen at tracing: give it a module, which follows train()."""
+    modules = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d, F.alpha_dropout: nn.AlphaDropout}
+    for node in list(traced.graph.nodes):
+        if node.op != "call_function" or node.target not in modules:
+            continue
+        p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+        name = f"{node.name}_module"
+        traced.add_submodule(name, modules[node.target](float(p)))
+        with traced.graph.inserting_after(node):
+            replacement = traced.graph.call_module(name, (node.args[0],))
+        replacement.meta = dict(node.meta)
+        node.replace_all_uses_with(replacement)
+        traced.graph.erase_node(node)
+
+
+def _keep_unused_state(traced: fx.GraphModule, root: nn.Module) -> None:
+    """A GraphModule holds what its graph uses; keep all other state, so that the keys stay the same."""
+    held = {*dict(traced.named_parameters(remove_duplicate=False)), *dict(traced.named_buffers(remove_duplicate=False))}
+    for owner_name, owner in root.named_modules(remove_duplicate=False):
+        own = [*owner._parameters.items(), *owner._buffers.items()]
+        for name, value in own:
+            path = f"{owner_name}.{name}" if owner_name else name
+            if value is None or path in held:
+                continue
+            target: nn.Module = traced
+            for part in owner_name.split(".") if owner_name else []:
+                if not hasattr(target, part):
+                    target.add_module(part, nn.Module())
+                target = getattr(target, part)
+            if isinstance(value, nn.Parameter):
+                target.register_parameter(name, value)
+            else:
+                target.register_buffer(name, value, name not in owner._non_persistent_buffers_set)

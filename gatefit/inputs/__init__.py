@@ -1,0 +1,1 @@
+"""Networks and images as the user names them."""
