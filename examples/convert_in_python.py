@@ -19,7 +19,7 @@ def main(folder: str) -> None:
     found = gatefit.find_blocks(network)
     print(f"{len(found.blocks)} blocks, {found.macs / 1e6:.2f} M MACs: {', '.join(b.name for b in found.blocks)}")
 
-    gated = gatefit.retrofit(network, gates="c", form="step", fill=True)
+    gated = gatefit.retrofit(network, gates="c", form="step", compensation=True)
     settings = FinetunePart(epochs=4, batch_size=64, flip=False, augment=False)
     gatefit.finetune(gated, "digits", teacher=network, target=0.6, settings=settings)
     figures = gatefit.evaluate(gated, "digits", teacher=network)

@@ -1,7 +1,10 @@
 """gatefit: turn a trained network into one that runs only the blocks and channels each image needs."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from gatefit._moved import Finder
 
 if TYPE_CHECKING:
     from gatefit.deployment.deploy import deploy
@@ -46,6 +49,9 @@ _HOMES = {
     "save": "gating.checkpoint",
 }
 """Where each public name is defined. PyTorch is imported at the first use of one of them, not by `import gatefit`."""
+
+
+sys.meta_path.append(Finder())
 
 
 def __getattr__(name: str) -> Any:

@@ -4,11 +4,23 @@ import difflib
 import tomllib
 import types
 import typing
+import warnings
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from gatefit.errors import RecipeError
+
+RENAMED = {
+    "gates.fill": "compensation",
+    "finetune.features": "feature_weight",
+    "finetune.keep": "min_open",
+    "finetune.precision": "mixed_precision",
+    "finetune.recalibrate": "bn_recalibration_images",
+    "finetune.refit": "reconstruction_images",
+    "finetune.renew": "gate_reinits",
+}
+"""Keys of earlier versions and what they are called now. They are read, with a note."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class GatesPart:
     kinds: Literal["lc", "l", "c"] = "c"
     form: Literal["relu1", "step"] = "step"
     """"relu1": the paper's ReLU-1. "step": 0/1 gates, trained straight-through."""
-    fill: bool = True
+    compensation: bool = True
     """Let closed channels leave behind what they were predicted to be; false: the paper's."""
     start: Literal["data", "identity"] = "data"
     """"data": least squares on what each unit does for the loss. "identity": weight 0, bias 1."""
@@ -96,10 +108,10 @@ class FinetunePart:
     """Share of the original's MACs to end at (sequential placement, gates included)."""
     penalty: Literal["macs", "plain"] = "macs"
     """"macs": each salience weighs as its unit's MACs (mean weight 1). "plain": all alike, as in the paper."""
-    refit: int = 4000
+    reconstruction_images: int = 4000
     """Training images on which the layers behind closed gates are refitted before training (see
     `gatefit.gating.reconstruct`); 0: none. Fewer are used where they do not fit into memory. Only without a ramp."""
-    renew: int = 4
+    gate_reinits: int = 4
     """How often step gates that do not learn are set anew from data, in the first two thirds of the training: what
     their units do for a network changes as it learns to do without some (see `gatefit.gating.initialise`)."""
     ramp: float | None = None
@@ -108,17 +120,17 @@ class FinetunePart:
     distillation: float = 0.9
     """Weight of distillation from the original network; the labels have the rest. 1 without labels."""
     temperature: float = 4.0
-    features: float = 5.0
+    feature_weight: float = 5.0
     """Weight of the distance to the original's block outputs (see `gatefit.training.objective`); 0: predictions
     alone teach."""
     augment: bool = True
     """Random crop (padding 1/8) and horizontal flip."""
     flip: bool = True
-    keep: float = 0.1
+    min_open: float = 0.1
     """Guard against collapse: at least this share of a block's units stays open on average."""
-    recalibrate: int = 10000
+    bn_recalibration_images: int = 10000
     """Training images (augmented as in training) for the final BN statistics with the hard gates; 0: none."""
-    precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     compile: bool = False
     """Train compiled (torch.compile), the baseline too: 1.6 times as fast on CIFAR's ResNets, after half a minute;
     needs a compiler."""
@@ -133,18 +145,20 @@ class FinetunePart:
         _check(self.l1 is None or self.l1 >= 0, f"l1 must be 0 or more, not {self.l1}")
         _check(self.target is None or 0 < self.target < 1, f"target must lie between 0 and 1, not {self.target}")
         _check(self.l1 is None or self.target is None, "give l1 or target, not both: each sets how much is closed")
-        _check(self.features >= 0, "finetune.features must be 0 or more")
+        _check(self.feature_weight >= 0, "finetune.feature_weight must be 0 or more")
         _check(0 <= self.distillation <= 1, "finetune.distillation must lie in [0, 1]")
         _check(self.ramp is None or 0 <= self.ramp <= 1, "finetune.ramp must lie in [0, 1]")
-        _check(self.refit >= 0, "finetune.refit must be 0 or more")
-        _check(self.renew >= 0, "finetune.renew must be 0 or more")
+        _check(self.reconstruction_images >= 0, "finetune.reconstruction_images must be 0 or more")
+        _check(self.gate_reinits >= 0, "finetune.gate_reinits must be 0 or more")
         _check(0 <= self.momentum < 1, "finetune.momentum must lie in [0, 1)")
         _check(self.weight_decay >= 0, "finetune.weight_decay must be 0 or more")
         _check(self.temperature > 0, "finetune.temperature must be positive")
-        _check(self.recalibrate >= 0, "finetune.recalibrate must be 0 or more")
-        _check(0 <= self.keep < 1, "finetune.keep must lie in [0, 1)")
+        _check(self.bn_recalibration_images >= 0, "finetune.bn_recalibration_images must be 0 or more")
+        _check(0 <= self.min_open < 1, "finetune.min_open must lie in [0, 1)")
         _check(self.penalty in ("macs", "plain"), f"finetune.penalty must be 'macs' or 'plain', not '{self.penalty}'")
-        _check(self.precision in ("no", "fp16", "bf16"), "finetune.precision must be 'no', 'fp16' or 'bf16'")
+        _check(
+            self.mixed_precision in ("no", "fp16", "bf16"), "finetune.mixed_precision must be 'no', 'fp16' or 'bf16'"
+        )
 
 
 @dataclass(frozen=True)
@@ -215,6 +229,12 @@ def _from_table(cls: Any, table: dict[str, Any], where: str) -> Any:
     values = {}
     for key, value in table.items():
         path = f"{where}.{key}" if where else key
+        if path in RENAMED:
+            old, key = path, RENAMED[path]
+            path = f"{where}.{key}"
+            if key in table:
+                raise RecipeError(f"recipe keys '{old}' and '{path}' are the same setting; keep '{path}'")
+            warnings.warn(f"recipe key '{old}' is now called '{path}'", FutureWarning, stacklevel=2)
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(known))}"

@@ -43,7 +43,7 @@ def test_zoo_counts(name):
 def test_names_are_the_modules_of_the_blocks():
     found = gatefit.find_blocks(timm.create_model("resnet18"))
     assert [b.name for b in found.blocks] == [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
-    assert found.blocks[0].gated.target == "layer1.0.conv1"
+    assert found.blocks[0].channel_units.target == "layer1.0.conv1"
 
 
 def test_grouped_units_are_whole_groups():
@@ -55,7 +55,13 @@ def test_grouped_units_are_whole_groups():
 def test_mobilenet_closes_expansion_depthwise_and_projection():
     block = gatefit.find_blocks(timm.create_model("mobilenetv2_100")).blocks[0]
     assert {x.name.rsplit(".", 1)[1] for x in block.layers if x.scaled} == {"conv_pw", "conv_dw", "conv_pwl"}
-    assert {s.tensor.rsplit(".", 2)[1] for s in block.gated.slices} == {"conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl"}
+    assert {s.tensor.rsplit(".", 2)[1] for s in block.channel_units.slices} == {
+        "conv_pw",
+        "bn1",
+        "conv_dw",
+        "bn2",
+        "conv_pwl",
+    }
 
 
 def test_a_network_without_blocks_says_what_was_looked_at():

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from gatefit.commands.cli import app
 from gatefit.commands.display import show_deployment
-from gatefit.deployment.plan import BlockPlan, Deployment, Taken
+from gatefit.deployment.plan import BlockPlan, Deployment, Latency
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = f"{ROOT}/examples/cifar_resnet.py"
@@ -144,7 +144,7 @@ def test_deploy_and_bench(converted, tmp_path):
 @pytest.mark.parametrize(("milliseconds", "slower"), [(2.0, False), (3.5, True)])
 def test_a_deployment_that_is_slower_than_the_original_says_so(milliseconds, slower):
     console = Console(file=StringIO(), markup=False)
-    show_deployment(console, Deployment((), {}, None, Taken(1, milliseconds, 3.0, "onnxruntime")))
+    show_deployment(console, Deployment((), {}, None, Latency(1, milliseconds, 3.0, "onnxruntime")))
     assert ("note: slower than the original" in console.file.getvalue()) == slower
 
 

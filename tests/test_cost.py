@@ -89,8 +89,8 @@ def test_grouped_convolution_by_hand():
 
 
 def test_a_fill_is_counted():
-    plain, filled = (gatefit.retrofit(make("bottleneck"), images(), fill=f) for f in (False, True))
-    gates = [costs_of(g, (3, 8, 8)).blocks[0].gate for g in (plain, filled)]
+    plain, compensated = (gatefit.retrofit(make("bottleneck"), images(), compensation=f) for f in (False, True))
+    gates = [costs_of(g, (3, 8, 8)).blocks[0].gate for g in (plain, compensated)]
     assert gates[1] - gates[0] == 4 * 4  # 4 units into conv2's 4 channels
 
 

@@ -27,10 +27,10 @@ from gatefit.deployment.engines.join import join_chains
 from gatefit.deployment.engines.native_network import gathered_blocks, gathered_network
 from gatefit.deployment.engines.prepack import PackedConv
 from gatefit.deployment.engines.runtimes import OnnxNetwork, masked_onnx, packed
-from gatefit.deployment.engines.segments import ONNX, TORCH, OnnxStretch, TorchStretch
+from gatefit.deployment.engines.segments import ONNX, TORCH, OnnxSegment, TorchSegment
 from gatefit.deployment.kernels.native import kernels, threads, torch_alone
 from gatefit.deployment.plan import BlockPlan, never_closes, observe, plan_block
-from gatefit.deployment.region import place_of, place_or_none
+from gatefit.deployment.region import region_of, region_or_none
 from gatefit.deployment.tune import forms_of
 from gatefit.errors import DeployError
 from gatefit.gating.cost import costs_of, macs_per_image, opens_of
@@ -40,16 +40,16 @@ from gatefit.graph.fold import fold_batch_norms
 FORMS = ["relu1", "step"]
 
 
-def gated_network(name, form="step", fill=False, spread=1.0):
+def gated_network(name, form="step", compensation=False, spread=1.0):
     """A small network whose gates open and close at random, image by image."""
-    gated = gatefit.retrofit(make(name), images(), "lc", form, fill)
+    gated = gatefit.retrofit(make(name), images(), "lc", form, compensation)
     torch.manual_seed(2)
     for gate in gates_of(gated).values():
         for fc in gate.layers:
             torch.nn.init.normal_(fc.weight, std=3.0)
             torch.nn.init.normal_(fc.bias, std=spread)
-        if gate.fill is not None:
-            torch.nn.init.normal_(gate.fill.weight, std=0.1)
+        if gate.compensation is not None:
+            torch.nn.init.normal_(gate.compensation.weight, std=0.1)
     return gated.eval()
 
 
@@ -60,7 +60,7 @@ def plans_for(gated, x):
 def in_our_kernels(network, *shape):
     """A gated network whose gates open and close at random, six images, its plans, and deployed."""
     torch.manual_seed(0)
-    gated = gatefit.retrofit(network(), torch.zeros(2, *shape), "lc", "step", fill=True).eval()
+    gated = gatefit.retrofit(network(), torch.zeros(2, *shape), "lc", "step", compensation=True).eval()
     for gate in gates_of(gated).values():
         torch.nn.init.normal_(gate.channel.weight, std=3.0)
         torch.nn.init.normal_(gate.block.weight, std=3.0)
@@ -92,11 +92,11 @@ def running_on(threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("compensation", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", GATABLE)
-def test_exact_for_images_outside_the_calibration_set(name, form, fill):
-    gated = gated_network(name, form, fill)
+def test_exact_for_images_outside_the_calibration_set(name, form, compensation):
+    gated = gated_network(name, form, compensation)
     deployed = gatefit.deploy(gated, images(8), tuned=False)
     others = images(9, seed=5)
     with torch.no_grad():
@@ -106,12 +106,12 @@ def test_exact_for_images_outside_the_calibration_set(name, form, fill):
         assert same(deployed(others.flip(0)), wanted.flip(0))
 
 
-@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("compensation", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", GATABLE)
-def test_the_parallel_placement_is_exact(name, form, fill):
-    gated = gated_network(name, form, fill)
-    if not any(place_or_none(gated, gate) for gate in gates_of(gated).values()):
+def test_the_parallel_placement_is_exact(name, form, compensation):
+    gated = gated_network(name, form, compensation)
+    if not any(region_or_none(gated, gate) for gate in gates_of(gated).values()):
         with pytest.raises(gatefit.GatefitError, match="no block has a first layer"):
             gatefit.deploy(gated, images(8), tuned=False, placement="parallel")
         return
@@ -168,8 +168,8 @@ def test_packed_convolutions(name):
         with torch.backends.mkldnn.flags(enabled=False):
             assert same(copy.deepcopy(network)(x), wanted)
     deployed = gatefit.deploy(gated_network(name), images(8), tuned=False)
-    ways = [n for m in deployed.modules() if isinstance(m, DynamicBlock) for w in m.ways for n in w.graph.nodes]
-    assert not any(n.target is torch.add for n in ways) or name == "squeeze-excite"
+    variants = [n for m in deployed.modules() if isinstance(m, DynamicBlock) for w in m.variants for n in w.graph.nodes]
+    assert not any(n.target is torch.add for n in variants) or name == "squeeze-excite"
 
 
 @pytest.mark.parametrize("value", [1.0, -1.0])
@@ -275,13 +275,13 @@ def test_max_pooling(sizes, image):
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
-@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("compensation", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", GATABLE)
-def test_gathered_networks_are_exact(name, form, fill, monkeypatch):
+def test_gathered_networks_are_exact(name, form, compensation, monkeypatch):
     """Where a block cannot be gathered, its codebook serves."""
     monkeypatch.setattr("gatefit.deployment.engines.segments.has_onnx", lambda: False)
-    gated = gated_network(name, form, fill)
+    gated = gated_network(name, form, compensation)
     plans = plans_for(gated, images(8))
     deployed = gathered_network(gated, plans, [images(8)])
     others = images(9, seed=5)
@@ -336,10 +336,10 @@ class Shrinking(nn.Module):
 def test_a_branch_that_does_not_fit_its_shortcut():
     gated = gatefit.retrofit(Shrinking(), torch.zeros(2, 4, 8, 8), "lc", "step").eval()
     [gate] = gates_of(gated).values()
-    blocks = ChainBlocks([ChainBlock(gated, gate, place_of(gated, gate), BlockPlan(gate.of.name, True, None))])
+    blocks = ChainBlocks([ChainBlock(gated, gate, region_of(gated, gate), BlockPlan(gate.of.name, True, None))])
     with pytest.raises(DeployError, match=r"gives \(4, 5, 5\) cannot be added"):
         blocks(torch.randn(1, 4, 9, 9), torch.randn(1, 4, 4, 4))
-    blocks.first.aside = PlainBlock([Pooling(2, 2, 0)])  # ends elsewhere on images of odd sizes
+    blocks.first.projection = PlainBlock([Pooling(2, 2, 0)])  # ends elsewhere on images of odd sizes
     with torch.no_grad():
         blocks(torch.randn(1, 4, 8, 8))
     with pytest.raises(DeployError, match=r"gives \(4, 5, 5\) cannot be added"):
@@ -348,10 +348,10 @@ def test_a_branch_that_does_not_fit_its_shortcut():
 
 def _check_narrow(network, channels, height, width, threads, batches=(1, 5)):
     torch.manual_seed(0)
-    gated = gatefit.retrofit(network, torch.zeros(2, channels, 8, 8), "lc", "step", fill=True).eval()
+    gated = gatefit.retrofit(network, torch.zeros(2, channels, 8, 8), "lc", "step", compensation=True).eval()
     [gate] = gates_of(gated).values()
     torch.nn.init.normal_(gate.channel.weight, std=3.0)
-    blocks = ChainBlocks([ChainBlock(gated, gate, place_of(gated, gate), BlockPlan(gate.of.name, True, None))])
+    blocks = ChainBlocks([ChainBlock(gated, gate, region_of(gated, gate), BlockPlan(gate.of.name, True, None))])
     with torch.no_grad(), running_on(threads):
         for batch in batches:
             x = torch.randn(batch, channels, height, width)
@@ -454,15 +454,15 @@ def test_only_plain_pooling_joins_a_chain():
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
 def test_gates_that_never_close_are_not_asked():
-    gated = gatefit.retrofit(Narrow(), torch.zeros(2, 32, 9, 9), "lc", "step", fill=True).eval()
+    gated = gatefit.retrofit(Narrow(), torch.zeros(2, 32, 9, 9), "lc", "step", compensation=True).eval()
     [gate] = gates_of(gated).values()
     block_plan = BlockPlan(gate.of.name, True, None)
     for share_open in (True, False):
         if not share_open:
             gate.channel.bias.data[3] = -1.0
-        block = ChainBlock(gated, gate, place_of(gated, gate), block_plan)
-        told, _, _ = block.told(kernels(), (32, 9, 9))
-        assert (told.gate_weight is None) == share_open and told.step[0].open_rows == 1 - share_open
+        block = ChainBlock(gated, gate, region_of(gated, gate), block_plan)
+        struct, _, _ = block.to_structs(kernels(), (32, 9, 9))
+        assert (struct.gate_weight is None) == share_open and struct.step[0].open_rows == 1 - share_open
         x = torch.randn(2, 32, 9, 9)
         with torch.no_grad():
             assert same(ChainBlocks([block])(x, x), gated(x))
@@ -470,7 +470,7 @@ def test_gates_that_never_close_are_not_asked():
     gate.channel.bias.data.fill_(1.0)
     x = torch.randn(3, 32, 16, 16)
     with torch.no_grad():
-        assert same(ChainBlocks([ChainBlock(gated, gate, place_of(gated, gate), block_plan)])(x, x), gated(x))
+        assert same(ChainBlocks([ChainBlock(gated, gate, region_of(gated, gate), block_plan)])(x, x), gated(x))
 
 
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
@@ -497,9 +497,9 @@ def test_pytorch_runs_on_one_thread_between_blocks_and_kernels_on_all():
     count = len(gathered_network(gated, plans, [images(1)]).meta["engines"])
     network = gathered_network(gated, plans, [images(1)], [TORCH] * count)
     seen = []
-    for stretch in network.modules():
-        if isinstance(stretch, TorchStretch):
-            stretch.stretch.register_forward_hook(lambda *_: seen.append((torch.get_num_threads(), threads())))
+    for segment in network.modules():
+        if isinstance(segment, TorchSegment):
+            segment.segment.register_forward_hook(lambda *_: seen.append((torch.get_num_threads(), threads())))
     with torch.no_grad(), running_on(2):
         network(images(3))
         assert set(seen) == {(1, 2)}
@@ -523,7 +523,7 @@ def test_what_lies_between_blocks_in_either_engine(name, tmp_path):
         assert set(deployed.meta["engines"]) == {engine}
         every = {n: True for n in gates_of(gated)}
         assert gathered_blocks(deployed) == ({} if name == "squeeze-excite" else every)  # codebooks serve that one
-        assert sum(isinstance(m, OnnxStretch) for m in deployed.modules()) == (count if engine == ONNX else 0)
+        assert sum(isinstance(m, OnnxSegment) for m in deployed.modules()) == (count if engine == ONNX else 0)
         for others in (images(9, seed=5), images(1, seed=6), torch.randn(2, 3, 24, 20)):
             with torch.no_grad():
                 assert same(deployed(others), gated(others))
@@ -541,16 +541,16 @@ def test_gathered_blocks_run_what_is_open(name):
     gate = next(iter(gates_of(gated).values()))
     torch.nn.init.zeros_(gate.block.weight)
     torch.nn.init.ones_(gate.block.bias)
-    place = place_of(gated, gate)
-    block = GatheredBlock(gated, gate, place, BlockPlan(gate.of.name, True, None))
+    region = region_of(gated, gate)
+    block = GatheredBlock(gated, gate, region, BlockPlan(gate.of.name, True, None))
     ran = []
-    for conv in block.way.modules():
+    for conv in block.variant.modules():
         if isinstance(conv, GatheredConv):
             conv.register_forward_hook(lambda m, args, out, into=ran: into.append((args[0].shape[1], out.shape[1])))
     interpreter = fx.Interpreter(gated, garbage_collect_values=False)
     with torch.no_grad():
         interpreter.run(images(9))
-        block(interpreter.env[place.entry], interpreter.env[place.shortcut])
+        block(interpreter.env[region.entry], interpreter.env[region.shortcut])
     opened = opens_of(gated)[gate.of.name]
     counts = opened.channel.sum(1)[opened.block].tolist()
     convs = len(ran) // len(counts)
@@ -578,11 +578,11 @@ def test_samples_that_need_the_same_run_together():
     deployed = gatefit.deploy(gated, images(16), tuned=False)
     block = next(m for m in deployed.modules() if isinstance(m, DynamicBlock))
     seen = []
-    for way in block.ways:
-        way.register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    for variant in block.variants:
+        variant.register_forward_hook(lambda m, args, out: seen.append(len(out)))
     with torch.no_grad():
         deployed(images(16))
-    assert len(seen) <= len(block.ways) and sum(seen) <= 16
+    assert len(seen) <= len(block.variants) and sum(seen) <= 16
 
 
 def test_nothing_to_deploy():
@@ -601,7 +601,7 @@ def test_nothing_to_deploy():
 @pytest.mark.parametrize("name", ["basic", "bottleneck", "inverted", "grouped", "squeeze-excite"])
 def test_one_file_for_onnx_runtime(name, form):
     pytest.importorskip("onnxruntime")
-    gated = gated_network(name, form, fill=True)
+    gated = gated_network(name, form, compensation=True)
     deployed = gatefit.deploy(gated, images(8), "onnx", tuned=False)
     others = images(9, seed=5)
     with torch.no_grad():
@@ -612,7 +612,7 @@ def test_a_file_without_control_flow():
     pytest.importorskip("onnxruntime")
     import onnx
 
-    gated = gated_network("basic", fill=True)
+    gated = gated_network("basic", compensation=True)
     model = masked_onnx(gated, images(1))
     assert "If" not in {n.op_type for n in onnx.load_from_string(model).graph.node}
     with torch.no_grad():
@@ -635,20 +635,20 @@ def test_tuned(backend, batch):
 def test_harvest_drops_what_no_calibration_image_opens():
     gated = gated_network("basic", spread=0.0)
     few = images(2)
-    harvested = gatefit.deploy(gated, few, masks=1, harvest=True)
-    books = [p.codebook for p in harvested.meta["plans"] if p.codebook is not None]
+    pruned = gatefit.deploy(gated, few, masks=1, prune_unused=True)
+    books = [p.codebook for p in pruned.meta["plans"] if p.codebook is not None]
     assert books and any(not book.all() for book in books)
     assert all(book.all() for p in gatefit.deploy(gated, few, masks=1).meta["plans"] for book in p.codebook[-1:])
     with torch.no_grad():
-        assert same(harvested(few), gated(few)) and not same(harvested(images(9, seed=5)), gated(images(9, seed=5)))
+        assert same(pruned(few), gated(few)) and not same(pruned(images(9, seed=5)), gated(images(9, seed=5)))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
 def test_memory_is_what_is_held_and_what_a_run_takes():
     made, held = held_by(lambda: torch.ones(20_000_000))
     assert made.numel() == 20_000_000 and 60 < held < 120
-    taken = peak_of(lambda: torch.ones(20_000_000).sum())
-    assert taken is None or 60 < taken < 120
+    found = peak_of(lambda: torch.ones(20_000_000).sum())
+    assert found is None or 60 < found < 120
 
 
 def test_dense_engines_answer_alike():
@@ -710,6 +710,6 @@ def test_an_original_that_cannot_be_had_in_one_engine_is_timed_in_the_others(mon
     made = {"broken": fails, "plain": lambda: torch.nn.Identity()}
     monkeypatch.setattr(deployment_folder, "dense_engines", lambda original, images: made)
     images = torch.rand(4, 3, 8, 8)
-    taken = deployment_folder._taken(torch.nn.Identity(), torch.nn.Identity(), images, 2, set(made))
-    assert taken is not None and taken.engine == "plain" and taken.batch == 2
-    assert deployment_folder._taken(torch.nn.Identity(), torch.nn.Identity(), images, 2, {"broken"}) is None
+    found = deployment_folder._latency(torch.nn.Identity(), torch.nn.Identity(), images, 2, set(made))
+    assert found is not None and found.engine == "plain" and found.batch == 2
+    assert deployment_folder._latency(torch.nn.Identity(), torch.nn.Identity(), images, 2, {"broken"}) is None

@@ -18,7 +18,7 @@ from gatefit.errors import CheckpointError, RecipeError, TrainingError
 from gatefit.gating.cost import costs_of, macs_per_image, opens_of
 from gatefit.gating.gates import gates_of, outputs_of
 from gatefit.gating.initialise import _guess, _Probe, _ridge, start_from_data
-from gatefit.gating.reconstruct import refit
+from gatefit.gating.reconstruct import reconstruct
 from gatefit.gating.threshold import price_threshold, threshold_for
 from gatefit.inputs.data import as_images, read_data
 from gatefit.inputs.loader import augment
@@ -28,7 +28,7 @@ from gatefit.training.finetune import GateClosing, train_dense
 from gatefit.training.trainer import Trainer, _optimizer, recalibrate
 
 SPEC = InputSpec((3, 8, 8), (0.3,) * 3, (0.35,) * 3)
-SHORT = FinetunePart(epochs=4, batch_size=64, target=0.6, flip=False, recalibrate=600)
+SHORT = FinetunePart(epochs=4, batch_size=64, target=0.6, flip=False, bn_recalibration_images=600)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_different_images_take_different_paths(dense, digits):
 
 def test_gates_from_data_stay_unless_they_are_renewed_or_have_a_rate(dense, digits):
     weights = []
-    for change in ({"epochs": 0}, {"renew": 0}, {"renew": 0, "gate_lr": 0.01}, {"renew": 2}):
+    for change in ({"epochs": 0}, {"gate_reinits": 0}, {"gate_reinits": 0, "gate_lr": 0.01}, {"gate_reinits": 2}):
         gated = gate(dense, "c")
         gatefit.finetune(gated, digits, dense, settings=replace(SHORT, **change))
         weights.append(gates_of(gated)["blocks.1"].channel.weight.detach().clone())
@@ -89,7 +89,7 @@ def test_gates_are_renewed_in_the_first_two_thirds(dense, digits):
     steps = []
     gated = gate(dense, "c")
     gatefit.finetune(
-        gated, digits, dense, settings=replace(SHORT, epochs=3, renew=2),
+        gated, digits, dense, settings=replace(SHORT, epochs=3, gate_reinits=2),
         report=lambda p: steps.append(p.step if p.stage == "fine-tune" else p.stage),
     )  # fmt: skip
     started = [steps[i - 1] for i, s in enumerate(steps) if s == "renew" and steps[i - 1] != "renew"]
@@ -99,12 +99,12 @@ def test_gates_are_renewed_in_the_first_two_thirds(dense, digits):
 
 def test_renewed_gates_keep_to_the_ramp(dense, digits):
     gated = gate(dense, "c")
-    history = gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=3, renew=2, ramp=0.9))
+    history = gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=3, gate_reinits=2, ramp=0.9))
     assert history[1].share > 0.7  # 0.85 at its begin, 0.70 at its end
 
 
 def test_a_start_measures_the_network_as_it_runs(dense, digits):
-    gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "lc", "step", fill=True)
+    gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "lc", "step", compensation=True)
     gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=0))
     x = _floats(digits, 0)
     probe = _Probe(gated)
@@ -166,21 +166,23 @@ def test_without_training_the_start_alone_closes(dense, digits):
 
 def test_a_fill_keeps_accuracy_where_a_mask_alone_loses_it(dense, digits):
     accuracies = []
-    for fill in (False, True):
-        gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "c", "step", fill)
-        gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=0, target=0.7, refit=0))
+    for compensation in (False, True):
+        gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "c", "step", compensation)
+        gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=0, target=0.7, reconstruction_images=0))
         result = gatefit.evaluate(gated, digits)
         assert result.share == pytest.approx(0.7, abs=0.02)
         accuracies.append(result.accuracy)
     assert accuracies[1] > accuracies[0] + 0.02
 
 
-@pytest.mark.parametrize("fill", [False, True])
-def test_a_refit_mends_without_training(dense, digits, fill):
+@pytest.mark.parametrize("compensation", [False, True])
+def test_a_refit_mends_without_training(dense, digits, compensation):
     accuracies = []
     for images in (0, 500):
-        gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "c", "step", fill)
-        gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=0, target=0.5, refit=images))
+        gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "c", "step", compensation)
+        gatefit.finetune(
+            gated, digits, dense, settings=replace(SHORT, epochs=0, target=0.5, reconstruction_images=images)
+        )
         accuracies.append(gatefit.evaluate(gated, digits).accuracy)
     assert accuracies[1] > accuracies[0] + 0.05
 
@@ -189,9 +191,9 @@ def test_a_refit_changes_only_what_reads_changed_inputs(dense, digits):
     x = torch.randn(50, *SPEC.shape)
     gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "c", "step", True)
     before = copy.deepcopy(gated.state_dict())
-    assert refit(gated, [x]) == 0  # all gates are open
+    assert reconstruct(gated, [x]) == 0  # all gates are open
     list(gates_of(gated).values())[1].channel.bias.data[:4] = -1
-    assert refit(gated, [x]) > 0
+    assert reconstruct(gated, [x]) > 0
     changed = {k for k, v in gated.state_dict().items() if not torch.equal(v, before[k])}
     assert not any(k.startswith(("stem", "blocks.0")) for k in changed)
     assert any(k.startswith("blocks.1") for k in changed) and "head.weight" in changed
@@ -211,7 +213,7 @@ def test_a_refit_is_the_least_squares_answer(dense, digits):
     list(gates_of(gated).values())[1].channel.bias.data[0] = -1
     x = torch.randn(4000, *SPEC.shape)
     worst = (gated.eval()(x) - model(x)).abs().max()
-    refit(gated, [x])
+    reconstruct(gated, [x])
     assert (gated(x) - model(x)).abs().max() < 0.1 * worst
     merged = second.weight[:, 0] + second.weight[:, 1]
     assert torch.allclose(gated.get_parameter("blocks.1.conv2.weight")[:, 1], merged, atol=0.05)
@@ -276,7 +278,7 @@ def test_threshold_meets_the_share_on_its_batch(dense, digits):
 
 def test_the_guard_keeps_every_gate_alive(dense, digits):
     gated = gate(dense)
-    gatefit.finetune(gated, digits, dense, l1=1e3, settings=replace(SHORT, target=None, keep=0.25, epochs=2))
+    gatefit.finetune(gated, digits, dense, l1=1e3, settings=replace(SHORT, target=None, min_open=0.25, epochs=2))
     for use in gatefit.evaluate(gated, digits).gates:
         assert use.block_open > 0.05 and use.channel_open > 0.05
 
@@ -400,7 +402,7 @@ def test_blocks_teach_without_predictions(dense, digits):
     """The distance to the original's blocks counts where distillation has no weight too."""
     losses = []
     for features in (0.0, 5.0):
-        settings = replace(SHORT, epochs=1, renew=0, distillation=0.0, features=features)
+        settings = replace(SHORT, epochs=1, gate_reinits=0, distillation=0.0, feature_weight=features)
         losses.append(gatefit.finetune(gate(dense), digits, dense, settings=settings)[0].loss)
     assert losses[1] > losses[0] + 0.1
 
@@ -428,7 +430,7 @@ def plain_losses(digits, **change):
     """Losses of a short training whose gates follow an L1 price, which needs no averages over a batch."""
     torch.manual_seed(0)
     model = Plain()
-    settings = replace(SHORT, target=None, l1=1e-4, epochs=2, keep=0.0, **change)
+    settings = replace(SHORT, target=None, l1=1e-4, epochs=2, min_open=0.0, **change)
     gated = gate(model)
     return [e.loss for e in gatefit.finetune(gated, digits, model, settings=settings)]
 
@@ -548,5 +550,5 @@ def test_two_processes_reach_the_result_of_one(dense, tmp_path):
 def test_tensors_are_data_too(dense, digits):
     pair = (torch.randn(128, 3, 8, 8), torch.randint(0, 10, (128,)))
     gated = gate(dense)
-    gatefit.finetune(gated, pair, dense, settings=replace(SHORT, epochs=1, recalibrate=100))
+    gatefit.finetune(gated, pair, dense, settings=replace(SHORT, epochs=1, bn_recalibration_images=100))
     assert gatefit.evaluate(gated, as_images(pair, SPEC)).images == 128

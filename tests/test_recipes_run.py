@@ -46,7 +46,7 @@ def test_every_recipe_runs(file, images, tmp_path):
             lr=1e-4,
             batch_size=10,
             compile=False,
-            recalibrate=10,
+            bn_recalibration_images=10,
         ),
     )
     done = convert(short, tmp_path / "out")

@@ -38,7 +38,7 @@ def test_a_new_process_gets_the_same_bits(saved, tmp_path):
 
 
 def test_an_own_network_is_loaded_into_its_architecture(tmp_path):
-    gated = gatefit.retrofit(make("grouped"), images(), "c", "step", fill=True)
+    gated = gatefit.retrofit(make("grouped"), images(), "c", "step", compensation=True)
     gatefit.save(gated, tmp_path)
     assert torch.equal(gatefit.load(tmp_path, make("grouped", seed=5))(images()), gated(images()))
     with pytest.raises(CheckpointError, match="network of your own"):

@@ -15,14 +15,14 @@ from gatefit.graph import channels
 from gatefit.graph.blocks import MaskPoint
 
 
-@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("compensation", [False, True])
 @pytest.mark.parametrize("gates", ["lc", "l", "c"])
 @pytest.mark.parametrize("name", GATABLE)
-def test_identity_and_removability(name, gates, fill):
+def test_identity_and_removability(name, gates, compensation):
     model = make(name)
     if gates == "c" and not any(CASES[name].units):
         pytest.skip("no channel gate")
-    gated = gatefit.retrofit(model, images(), gates, fill=fill)
+    gated = gatefit.retrofit(model, images(), gates, compensation=compensation)
     checked = gated.meta["verification"]
     assert torch.equal(model(images(5)), gated(images(5)))
     assert checked.closed_units == (sum(u // 2 for u in CASES[name].units) if "c" in gates else 0)
@@ -56,8 +56,8 @@ def test_a_wrong_claim_is_caught():
     model = make("basic")
     gated = gatefit.retrofit(model, images())
     gate = gates_of(gated)["blocks.0"]
-    extra = replace(gate.of.gated.slices[0], tensor="blocks.0.conv2.weight")
-    gate.of = replace(gate.of, gated=replace(gate.of.gated, slices=(*gate.of.gated.slices, extra)))
+    extra = replace(gate.of.channel_units.slices[0], tensor="blocks.0.conv2.weight")
+    gate.of = replace(gate.of, gated=replace(gate.of.channel_units, slices=(*gate.of.channel_units.slices, extra)))
     with pytest.raises(ConversionError, match="closed channels"):
         verify(model, gated, images())
 
@@ -242,7 +242,7 @@ def test_untraced_parameters_have_a_message():
 
 def test_mask_points_stand_behind_the_activation():
     found = gatefit.find_blocks(make("basic"), images())
-    assert found.blocks[0].gated.masks == (MaskPoint("relu", 1, 1),)
+    assert found.blocks[0].channel_units.masks == (MaskPoint("relu", 1, 1),)
     assert insert.no_block_message("x", found).startswith("x has no residual block")
 
 
@@ -295,7 +295,7 @@ class Positional(nn.Module):
 
 def test_layers_that_read_weights_alone_have_no_gate():
     found = gatefit.find_blocks(Positional(False), torch.zeros(2, 3, 8, 8))
-    assert [b.gated.target for b in found.blocks] == ["inner"]
+    assert [b.channel_units.target for b in found.blocks] == ["inner"]
     gated = gatefit.retrofit(Positional(False), torch.zeros(2, 3, 8, 8))
     gated(torch.randn(5, 3, 8, 8)).sum().backward()
 

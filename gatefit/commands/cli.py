@@ -205,7 +205,7 @@ def deploy(
     data: Annotated[str, typer.Option(help="Images to choose masks by; default: those of the conversion.")] = "",
     backend: Annotated[Backends, typer.Option(help="A PyTorch module, or one ONNX file.")] = Backends.torch,
     masks: Annotated[int, typer.Option(help="Masks of each block, at most.")] = 4,
-    harvest: Annotated[bool, typer.Option("--harvest", help="Drop channels no calibration image opened.")] = False,
+    prune_unused: Annotated[bool, typer.Option("--harvest", help="Drop channels no calibration image opened.")] = False,
     batch: Annotated[int, typer.Option(help="Images at once that it is tuned for.")] = 1,
     placement: Annotated[Placements, typer.Option(help="Gates first, or beside first layers.")] = Placements.sequential,
     out: Annotated[Path | None, typer.Option(help="The ONNX file; default DIR/model.onnx.")] = None,
@@ -218,7 +218,7 @@ def deploy(
         from gatefit.commands.display import show_deployment
 
         opened = open_folder(folder, data, skip_corrupt)
-        rows = deploy_folder(folder, opened, backend.value, masks, harvest, batch, out, placement.value)
+        rows = deploy_folder(folder, opened, backend.value, masks, prune_unused, batch, out, placement.value)
         show_deployment(Console(file=stdout, markup=False), rows)
 
 
@@ -317,12 +317,12 @@ def _choose_device(device: str) -> None:
         raise GatefitError(f"--device must be cpu or cuda, not '{device}'")
 
 
-def _absolute(place: str) -> str:
+def _absolute(value: str) -> str:
     """A path that exists as an absolute one, so that the written recipe holds anywhere; names as they are."""
-    path, colon, function = place.rpartition(".py:")
+    path, colon, function = value.rpartition(".py:")
     if colon:
         return f"{Path(path + '.py').absolute()}:{function}"
-    return str(Path(place).expanduser().absolute()) if place and Path(place).expanduser().exists() else place
+    return str(Path(value).expanduser().absolute()) if value and Path(value).expanduser().exists() else value
 
 
 def _override(part: Any, **values: Any) -> Any:
@@ -340,7 +340,7 @@ def _plain(found: Any) -> dict[str, Any]:
             "macs": b.macs,
             "channels": b.channels,
             "units": b.units,
-            "target": b.gated.target if b.gated else None,
+            "target": b.channel_units.target if b.channel_units else None,
             "no_channel_gate": b.no_channel_gate,
             "layers": [asdict(layer) for layer in b.layers],
         }

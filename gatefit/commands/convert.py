@@ -92,7 +92,7 @@ def convert(
             check_settings(planned, data.train, recipe.finetune, recipe.gates.start)
             _train_baseline(recipe, model, data, spec, out, resume, say, report)
             trained = True
-        gated = retrofit(model, example, recipe.gates.kinds, recipe.gates.form, recipe.gates.fill)
+        gated = retrofit(model, example, recipe.gates.kinds, recipe.gates.form, recipe.gates.compensation)
         gated.meta["input"], gated.meta["reference"] = spec, reference
         checked = gated.meta["verification"]
         say(
@@ -359,7 +359,7 @@ def _train_baseline(
         weight_decay=part.weight_decay,
         augment=recipe.finetune.augment,
         flip=recipe.finetune.flip,
-        precision=recipe.finetune.precision,
+        mixed_precision=recipe.finetune.mixed_precision,
         compile=recipe.finetune.compile,
     )
     train_dense(model, data.train, spec, settings, seed=recipe.seed, report=report, checkpoint=file, resume=resume)

@@ -17,8 +17,8 @@ from gatefit.deployment.dynamic import assemble
 from gatefit.deployment.engines.native_network import gathered_blocks, gathered_network
 from gatefit.deployment.engines.runtimes import OnnxNetwork, Run, masked_onnx, need_onnx, packed
 from gatefit.deployment.kernels.native import processor
-from gatefit.deployment.plan import BlockPlan, Deployment, Taken
-from gatefit.deployment.region import Place, place_or_none
+from gatefit.deployment.plan import BlockPlan, Deployment, Latency
+from gatefit.deployment.region import Region, region_or_none
 from gatefit.errors import CheckpointError, DeployError
 from gatefit.files import read_json, write_atomically, write_json
 from gatefit.gating.checkpoint import load
@@ -113,7 +113,7 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.Grap
             return OnnxNetwork(Path(content["file"]).read_bytes())
         gated = load(folder, model)
         gates = gates_of(gated)
-        plans: dict[str, tuple[BlockPlan, Place | None]] = {}
+        plans: dict[str, tuple[BlockPlan, Region | None]] = {}
         for block in content["blocks"]:
             gate = gates[block["name"]]
             plan = BlockPlan(
@@ -124,7 +124,7 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.Grap
                 block["reason"],
                 block["parallel"],
             )
-            plans[plan.name] = (plan, place_or_none(gated, gate))
+            plans[plan.name] = (plan, region_or_none(gated, gate))
         if content["engines"] is None:
             deployed = packed(assemble(gated, plans))
         else:
@@ -152,7 +152,7 @@ def deploy_folder(
     opened: Opened,
     backend: Backend,
     masks: int,
-    harvest: bool,
+    prune_unused: bool,
     batch: int,
     out: Path | None,
     placement: Placement,
@@ -163,11 +163,13 @@ def deploy_folder(
     """
     if out is not None and backend != "onnx":
         raise DeployError("--out names the ONNX file; it needs --backend onnx")
-    images = some_images(opened.data.train, opened.gated.meta["input"], 2 * CALIBRATION if harvest else CALIBRATION)
+    images = some_images(
+        opened.data.train, opened.gated.meta["input"], 2 * CALIBRATION if prune_unused else CALIBRATION
+    )
     images, others = images[:CALIBRATION], images[CALIBRATION:]
-    if harvest and not len(others):
+    if prune_unused and not len(others):
         raise DeployError(f"--harvest needs more than {CALIBRATION} training images, to see what it changes on others")
-    deployed = deploy(opened.gated, images, backend, masks, harvest=harvest, batch=batch, placement=placement)
+    deployed = deploy(opened.gated, images, backend, masks, prune_unused=prune_unused, batch=batch, placement=placement)
     if isinstance(deployed, OnnxNetwork):
         file = out or folder / "model.onnx"
         masked = masked_onnx(opened.gated, images[:1])
@@ -178,13 +180,13 @@ def deploy_folder(
         write_deployment(folder, deployed.meta["plans"], deployed.meta.get("engines"))
         plans, engines = tuple(deployed.meta["plans"]), {"torch, packed", "torch, gathered", "onnxruntime"}
     agreement = _agreement(deployed, opened.gated, others)
-    taken = None if opened.original is None else _taken(deployed, opened.original, images, batch, engines)
+    latency = None if opened.original is None else _latency(deployed, opened.original, images, batch, engines)
     gathered = gathered_blocks(deployed) if isinstance(deployed, fx.GraphModule) else {}
-    return Deployment(plans, gathered, agreement, taken)
+    return Deployment(plans, gathered, agreement, latency)
 
 
 @torch.no_grad()
-def _taken(deployed: Run, original: nn.Module, images: Tensor, batch: int, engines: set[str]) -> Taken | None:
+def _latency(deployed: Run, original: nn.Module, images: Tensor, batch: int, engines: set[str]) -> Latency | None:
     """Time it beside the original in the fastest of `engines` that can be made; None where none can: a deployment that
     is written stands without."""
     batches = whole_batches(images, batch, ROUNDS)
@@ -196,9 +198,9 @@ def _taken(deployed: Run, original: nn.Module, images: Tensor, batch: int, engin
     if not originals:
         return None
     measured = times({"deployed": deployed, **originals}, batches, ROUNDS)
-    medians = {name: statistics.median(taken) for name, taken in measured.items()}
+    medians = {name: statistics.median(times_ms) for name, times_ms in measured.items()}
     engine = min(originals, key=lambda name: medians[name])
-    return Taken(batch, medians["deployed"], medians[engine], engine)
+    return Latency(batch, medians["deployed"], medians[engine], engine)
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for block in found.blocks:
         scaled = sum(layer.macs for layer in block.layers if layer.scaled)
-        gated = block.gated
+        gated = block.channel_units
         table.add_row(
             block.name,
             mega(block.macs),
@@ -127,16 +127,16 @@ def show_deployment(console: Console, deployment: Deployment) -> None:
     console.print(table)
     if deployment.agreement is not None:
         console.print(f"answers as before on {percent(deployment.agreement)} of images that chose no channel")
-    taken = deployment.taken
-    if taken is None:
+    latency = deployment.latency
+    if latency is None:
         console.print("not timed beside the original: it is not there, or does not run in these engines")
     else:
-        images = "an image" if taken.batch == 1 else f"{taken.batch} images"
+        images = "an image" if latency.batch == 1 else f"{latency.batch} images"
         console.print(
-            f"{images}: {taken.deployed:.2f} ms, in the original {taken.original:.2f} ms ({taken.engine})",
+            f"{images}: {latency.deployed:.2f} ms, in the original {latency.original:.2f} ms ({latency.engine})",
             soft_wrap=True,
         )
-        if taken.deployed > NOISE * taken.original:
+        if latency.deployed > NOISE * latency.original:
             console.print(
                 "note: slower than the original; convert with a lower --target, try the other --backend, or keep the "
                 "original",

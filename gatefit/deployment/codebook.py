@@ -38,10 +38,10 @@ def choose_codebook(opens: Tensor, masks: int, possible: Tensor | None = None) -
     found = found[found.any(1) & (found != whole).any(1)]  # a layer cannot have no channel at all
     entries = torch.unique(torch.cat([found, whole[None]]), dim=0)
     used = assign(opens, entries := entries[entries.sum(1).argsort(stable=True)])
-    taken = torch.zeros(len(entries), dtype=torch.bool)
-    taken[used] = True
-    taken[-1] = True  # for what no calibration image asked for
-    chosen: Tensor = entries[taken]
+    kept = torch.zeros(len(entries), dtype=torch.bool)
+    kept[used] = True
+    kept[-1] = True  # for what no calibration image asked for
+    chosen: Tensor = entries[kept]
     return chosen
 
 

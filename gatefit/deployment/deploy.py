@@ -14,7 +14,7 @@ from gatefit.deployment.engines.runtimes import OnnxNetwork, need_onnx, onnx_blo
 from gatefit.deployment.engines.segments import ONNX, TORCH
 from gatefit.deployment.kernels.native import kernels
 from gatefit.deployment.plan import observe, plan_block
-from gatefit.deployment.region import place_or_none
+from gatefit.deployment.region import region_or_none
 from gatefit.deployment.tune import ROUNDS, tune
 from gatefit.errors import DeployError
 from gatefit.gating.cost import Placement
@@ -31,7 +31,7 @@ def deploy(
     backend: Backend = "torch",
     masks: int = 4,
     *,
-    harvest: bool = False,
+    prune_unused: bool = False,
     tuned: bool = True,
     batch: int = 1,
     placement: Placement = "sequential",
@@ -75,7 +75,7 @@ def deploy(
             raise DeployError("the parallel placement needs the backend 'torch'")
     if batch < 1:
         raise DeployError(f"batch must be 1 or more, not {batch}")
-    if placement == "parallel" and not any(p and p.ahead for p in (place_or_none(gated, g) for g in gates.values())):
+    if placement == "parallel" and not any(p and p.prefix for p in (region_or_none(gated, g) for g in gates.values())):
         raise DeployError("no block has a first layer that can run beside its gates; use the sequential placement")
     training = gated.training
     seen = observe(gated.eval(), images)
@@ -85,17 +85,19 @@ def deploy(
         layout, build = (
             (torch.contiguous_format, onnx_blocks) if backend == "onnx" else (torch.channels_last, torch_blocks)
         )
-        tried = tune(gated, seen, [b.to(memory_format=layout) for b in batches], build, masks, harvest, placement)
-        plans = {name: (plan, place) for name, (plan, place, _) in tried.items()}
+        tried = tune(gated, seen, [b.to(memory_format=layout) for b in batches], build, masks, prune_unused, placement)
+        plans = {name: (plan, region) for name, (plan, region, _) in tried.items()}
     else:
-        plans = {name: plan_block(gated, gate, seen[name], masks, harvest, placement) for name, gate in gates.items()}
+        plans = {
+            name: plan_block(gated, gate, seen[name], masks, prune_unused, placement) for name, gate in gates.items()
+        }
     deployed = assemble(gated, plans)
     deployed.meta["plans"] = tuple(plan for plan, _ in plans.values())
     gated.train(training)
     if backend == "onnx":
         return onnx_network(deployed, images[0][:1])
     forms = [packed(deployed)]
-    gathers = tuned and not harvest and placement == "sequential"
+    gathers = tuned and not prune_unused and placement == "sequential"
     if gathers and next(gated.parameters()).device.type == "cpu" and kernels() is not None:
         forms.append(gathered_network(gated, plans, batches))
         engines = forms[-1].meta["engines"]
@@ -103,8 +105,8 @@ def deploy(
             forms.append(gathered_network(gated, plans, batches, [TORCH] * len(engines)))
     chosen = forms[0]
     if len(forms) > 1:
-        taken = times(dict(enumerate(forms)), batches, ROUNDS)
-        chosen = forms[min(taken, key=lambda i: statistics.median(taken[i]))]
+        times_ms = times(dict(enumerate(forms)), batches, ROUNDS)
+        chosen = forms[min(times_ms, key=lambda i: statistics.median(times_ms[i]))]
     chosen.meta["plans"] = deployed.meta["plans"]
     return chosen
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.plan import BlockPlan, never_runs
-from gatefit.deployment.region import INPUTS, Place, cut, cut_ahead
+from gatefit.deployment.region import INPUTS, Region, extract, extract_prefix
 from gatefit.gating.gates import Gate, gates_of
 from gatefit.graph.activations import activation_of
 from gatefit.graph.fold import fold_in_place
@@ -42,13 +42,13 @@ class Saliences(nn.Module):
     def chosen(self, logits: Tensor) -> list[int]:
         """The way that each image takes: an entry of the codebook, or `entries` for none; one read-back."""
         opened = (logits > 0).cpu()
-        ways = torch.zeros(len(opened), dtype=torch.int64)
+        variants = torch.zeros(len(opened), dtype=torch.int64)
         if self.fitting is not None:
             fits = self._fits(opened)
-            ways = torch.where(fits.any(1), fits.int().argmax(1), self.entries - 1)
+            variants = torch.where(fits.any(1), fits.int().argmax(1), self.entries - 1)
         if self.skip:
-            ways[~opened[:, 0]] = self.entries
-        found: list[int] = ways.tolist()
+            variants[~opened[:, 0]] = self.entries
+        found: list[int] = variants.tolist()
         return found
 
     def given(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -59,7 +59,7 @@ class Saliences(nn.Module):
             return whole, None, None
         logits = logits if gate.block is None else logits[:, 1:]
         channel = gate.salience(logits)
-        return whole, channel, None if gate.fill is None else (1 - channel) * gate.predicted(logits)
+        return whole, channel, None if gate.compensation is None else (1 - channel) * gate.predicted(logits)
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
         """All of it as tensors, for graphs: whether the block runs, (B, 1) bool, None: always; which entries of the
@@ -97,39 +97,39 @@ class DynamicBlock(nn.Module):
         plan: what to make of it.
     """
 
-    def __init__(self, gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> None:
+    def __init__(self, gated: fx.GraphModule, gate: Gate, region: Region, plan: BlockPlan) -> None:
         super().__init__()
         self.saliences = Saliences(gate, plan)
-        ways = ways_of(gated, gate, place, plan)
-        self.ways = nn.ModuleList(ways)
-        self.bare = [not reads_saliences(way) for way in ways]
-        self.after = nn.ReLU() if place.relu is not None else nn.Identity()
+        variants = variants_of(gated, gate, region, plan)
+        self.variants = nn.ModuleList(variants)
+        self.bare = [not reads_saliences(variant) for variant in variants]
+        self.after = nn.ReLU() if region.relu is not None else nn.Identity()
         """Behind the sum, for images that leave the branch out."""
-        self.ahead = fold_in_place(cut_ahead(gated, place)) if plan.parallel else None
+        self.prefix = fold_in_place(extract_prefix(gated, region)) if plan.parallel else None
         """What runs beside the gates; None: nothing does."""
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """Add the branch of x, (B, ...), to the shortcut, (B, ...), and apply what comes right behind."""
-        if self.ahead is None:
+        if self.prefix is None:
             logits = self.saliences.logits(x)
             chosen = self.saliences.chosen(logits)
         else:
-            logits, chosen, x = self._beside(self.ahead, x)
+            logits, chosen, x = self._beside(self.prefix, x)
         return (
             self._sorted(chosen, logits, x, shortcut)
             if len(set(chosen)) > 1
             else self._run(chosen[0], logits, x, shortcut)
         )
 
-    def _beside(self, ahead: fx.GraphModule, x: Tensor) -> tuple[Tensor, list[int], Tensor]:
+    def _beside(self, prefix: fx.GraphModule, x: Tensor) -> tuple[Tensor, list[int], Tensor]:
         """Logits and chosen ways, while what runs ahead makes of x what the ways are given."""
         if x.device.type != "cuda":
-            entry = ahead(x)
+            entry = prefix(x)
             logits = self.saliences.logits(x)
             return logits, self.saliences.chosen(logits), entry
         here, beside = torch.cuda.current_stream(x.device), _side_stream(x.device)
         beside.wait_stream(here)  # for x, and not for what is made of it next
-        entry = ahead(x)
+        entry = prefix(x)
         with torch.cuda.stream(beside):
             logits = self.saliences.logits(x)
             chosen = self.saliences.chosen(logits)  # waits for the gates alone
@@ -140,18 +140,18 @@ class DynamicBlock(nn.Module):
 
     def _run(self, index: int, logits: Tensor, x: Tensor, shortcut: Tensor) -> Tensor:
         result: Tensor
-        if index == len(self.ways):
+        if index == len(self.variants):
             result = self.after(shortcut)
         else:
             given = (None, None, None) if self.bare[index] else self.saliences.given(logits)
-            result = self.ways[index](x, shortcut, *given)
+            result = self.variants[index](x, shortcut, *given)
         return result
 
     def _sorted(self, chosen: list[int], logits: Tensor, x: Tensor, shortcut: Tensor) -> Tensor:
         """Run the samples of each way together, and put them back in order."""
         result = torch.empty_like(shortcut)
         for index in sorted(set(chosen)):
-            some = torch.tensor([i for i, way in enumerate(chosen) if way == index], device=x.device)
+            some = torch.tensor([i for i, variant in enumerate(chosen) if variant == index], device=x.device)
             parts = [t.index_select(0, some) for t in (logits, x, shortcut)]
             result.index_copy_(0, some, self._run(index, *parts))
         return result
@@ -163,28 +163,28 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def reads_saliences(way: fx.GraphModule) -> bool:
+def reads_saliences(variant: fx.GraphModule) -> bool:
     """Whether a way needs to be given saliences, or what is left behind."""
-    return any(n.users for n in way.graph.nodes if n.op == "placeholder" and n.target in INPUTS[2:])
+    return any(n.users for n in variant.graph.nodes if n.op == "placeholder" and n.target in INPUTS[2:])
 
 
-def ways_of(gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> list[fx.GraphModule]:
+def variants_of(gated: fx.GraphModule, gate: Gate, region: Region, plan: BlockPlan) -> list[fx.GraphModule]:
     """The way for each entry of the codebook, batch norms folded."""
     hard = gate.form == "step" and plan.skip  # the block's salience is then 1 where the branch runs
     if plan.codebook is None:
-        return [fold_in_place(cut(gated, gate, place, block_mask=not hard, parallel=plan.parallel))]
-    ways = []
+        return [fold_in_place(extract(gated, gate, region, block_mask=not hard, parallel=plan.parallel))]
+    variants = []
     for index, entry in enumerate(plan.codebook):
         exact = plan.exact and index < len(plan.codebook) - 1
         keep = None if entry.all() else entry.nonzero()[:, 0]
-        ways.append(fold_in_place(cut(gated, gate, place, keep, not hard, not exact, plan.parallel)))
-    return ways
+        variants.append(fold_in_place(extract(gated, gate, region, keep, not hard, not exact, plan.parallel)))
+    return variants
 
 
 def assemble(
     gated: fx.GraphModule,
-    plans: dict[str, tuple[BlockPlan, Place | None]],
-    make_block: Callable[[fx.GraphModule, Gate, Place, BlockPlan], nn.Module] = DynamicBlock,
+    plans: dict[str, tuple[BlockPlan, Region | None]],
+    make_block: Callable[[fx.GraphModule, Gate, Region, BlockPlan], nn.Module] = DynamicBlock,
 ) -> fx.GraphModule:
     """The deployed network: a dynamic block for each that can be cut out, all else with batch norms folded.
 
@@ -199,34 +199,34 @@ def assemble(
     holder = nn.Module()
     root.add_module(HOLDER, holder)
     positive: set[fx.Node] = set()  # values behind a ReLU: another one changes nothing, and would part two blocks
-    places = {place.add: (gate, plan, place) for gate, plan, place in _placed(gated, plans)}
-    regions = frozenset[fx.Node]().union(*(place.region for _, _, place in places.values()))
-    relus = {place.relu: place.add for _, _, place in places.values() if place.relu is not None}
+    regions = {region.add: (gate, plan, region) for gate, plan, region in _with_regions(gated, plans)}
+    all_nodes = frozenset[fx.Node]().union(*(region.nodes for _, _, region in regions.values()))
+    relus = {region.relu: region.add for _, _, region in regions.values() if region.relu is not None}
     for name, module in gated.named_children():
         root.add_module(name, module)
     for name, tensor in (*gated.named_parameters(recurse=False), *gated.named_buffers(recurse=False)):
         root.register_buffer(name, tensor.detach())
     for node in gated.graph.nodes:
-        if node in regions:
+        if node in all_nodes:
             continue
         if node in relus:
             copied[node] = copied[relus[node]]
             positive.add(copied[node])
             continue
-        if node not in places:
+        if node not in regions:
             copied[node] = graph.node_copy(node, copied.__getitem__)
             if activation_of(gated, node) == "relu":
                 positive.add(copied[node])
             continue
-        gate, plan, place = places[node]
+        gate, plan, region = regions[node]
         if never_runs(gate):
-            kept = copied[place.shortcut]
-            done = place.relu is None or kept in positive
+            kept = copied[region.shortcut]
+            done = region.relu is None or kept in positive
             copied[node] = kept if done else graph.call_function(torch.relu, (kept,))
             continue
         name = plan.name.replace(".", "_")
-        holder.add_module(name, make_block(gated, gate, place, plan))
-        given = (copied[place.entry], copied[place.shortcut])
+        holder.add_module(name, make_block(gated, gate, region, plan))
+        given = (copied[region.entry], copied[region.shortcut])
         copied[node] = graph.call_module(f"{HOLDER}.{name}", given)
     deployed = fx.GraphModule(root, graph, class_name="Deployed")
     deployed.graph.eliminate_dead_code()
@@ -235,8 +235,8 @@ def assemble(
     return fold_in_place(deployed.eval()).requires_grad_(False)
 
 
-def _placed(
-    gated: fx.GraphModule, plans: dict[str, tuple[BlockPlan, Place | None]]
-) -> list[tuple[Gate, BlockPlan, Place]]:
+def _with_regions(
+    gated: fx.GraphModule, plans: dict[str, tuple[BlockPlan, Region | None]]
+) -> list[tuple[Gate, BlockPlan, Region]]:
     gates = gates_of(gated)
-    return [(gates[name], plan, place) for name, (plan, place) in plans.items() if place is not None]
+    return [(gates[name], plan, region) for name, (plan, region) in plans.items() if region is not None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from gatefit.deployment.codebook import choose_codebook, most_frequent
-from gatefit.deployment.region import Place, cut, place_of, place_or_none
+from gatefit.deployment.region import Region, extract, region_of, region_or_none
 from gatefit.errors import DeployError
 from gatefit.gating.cost import Placement, costs_of, macs_per_image, opens_of
 from gatefit.gating.gates import Gate, gates_of
@@ -47,12 +47,12 @@ class Deployment:
     they are skipped."""
     agreement: float | None
     """Share of images that chose no channel which are answered as before; None: all of them, by construction."""
-    taken: "Taken | None"
+    latency: "Latency | None"
     """None: there is no original to compare with, or it cannot be made to run in the deployment's engines."""
 
 
 @dataclass(frozen=True)
-class Taken:
+class Latency:
     """Milliseconds for a batch on this machine, medians."""
 
     batch: int
@@ -63,7 +63,7 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observed:
     """What the gates of one block gave on calibration images."""
 
     runs: Tensor
@@ -73,7 +73,7 @@ class Seen:
 
 
 @torch.no_grad()
-def observe(gated: fx.GraphModule, images: list[Tensor]) -> dict[str, Seen]:
+def observe(gated: fx.GraphModule, images: list[Tensor]) -> dict[str, Observed]:
     """Run a gated network on calibration images, (B, C, H, W) each, and note what its gates open."""
     gated.eval()
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in gates_of(gated)}
@@ -84,7 +84,7 @@ def observe(gated: fx.GraphModule, images: list[Tensor]) -> dict[str, Seen]:
             runs = everything if opened.block is None else opened.block.cpu()
             units = everything[:, None][:, :0] if opened.channel is None else opened.channel.cpu()
             found[name].append((runs, units))
-    return {name: Seen(*(torch.cat(parts) for parts in zip(*rows, strict=True))) for name, rows in found.items()}
+    return {name: Observed(*(torch.cat(parts) for parts in zip(*rows, strict=True))) for name, rows in found.items()}
 
 
 def never_open(gate: Gate) -> Tensor:
@@ -107,45 +107,45 @@ def never_closes(gate: Gate) -> bool:
 def plan_block(
     gated: fx.GraphModule,
     gate: Gate,
-    seen: Seen,
+    seen: Observed,
     masks: int,
-    harvest: bool = False,
+    prune_unused: bool = False,
     placement: Placement = "sequential",
-) -> tuple[BlockPlan, Place | None]:
+) -> tuple[BlockPlan, Region | None]:
     """The most dynamic form of a block; whether it pays is another question (see `gatefit.deployment.tune`).
 
     Args:
         harvest: take channels that no calibration image opened for ones that none ever will.
-        placement: "parallel" for blocks that have an `Ahead`; the others stay sequential.
+        placement: "parallel" for blocks that have an `Prefix`; the others stay sequential.
     """
     name, whole = gate.of.name, gate.block is not None
     try:
-        place = place_of(gated, gate)
+        region = region_of(gated, gate)
     except DeployError as error:
         return BlockPlan(name, False, None, reason=str(error)), None
-    parallel = placement == "parallel" and place.ahead is not None
+    parallel = placement == "parallel" and region.prefix is not None
     codebook = None
     if gate.channel is not None:
         ran = seen.opens[seen.runs]
         possible = ~never_open(gate)
-        if harvest and len(ran):
+        if prune_unused and len(ran):
             possible &= ran.any(0)
         if not possible.any():
             possible[0] = True  # a layer without channels is none
         try:
-            cut(gated, gate, place, possible.nonzero()[:, 0], parallel=parallel)
+            extract(gated, gate, region, possible.nonzero()[:, 0], parallel=parallel)
         except DeployError as error:
-            return BlockPlan(name, whole, None, reason=str(error), parallel=parallel), place
+            return BlockPlan(name, whole, None, reason=str(error), parallel=parallel), region
         frequent, covered = most_frequent(ran, masks, possible)
         if gate.form == "step" and covered >= EXACT_SHARE:
-            return BlockPlan(name, whole, frequent, exact=True, parallel=parallel), place
+            return BlockPlan(name, whole, frequent, exact=True, parallel=parallel), region
         codebook = choose_codebook(ran, masks, possible=possible)
-    return BlockPlan(name, whole, codebook, parallel=parallel), place
+    return BlockPlan(name, whole, codebook, parallel=parallel), region
 
 
-def plans_without_codebooks(gated: fx.GraphModule, skip: bool) -> dict[str, tuple[BlockPlan, Place | None]]:
+def plans_without_codebooks(gated: fx.GraphModule, skip: bool) -> dict[str, tuple[BlockPlan, Region | None]]:
     """One form for all blocks, whatever images ask for; and where they stand."""
-    return {n: (BlockPlan(n, skip, None), place_or_none(gated, gate)) for n, gate in gates_of(gated).items()}
+    return {n: (BlockPlan(n, skip, None), region_or_none(gated, gate)) for n, gate in gates_of(gated).items()}
 
 
 def share_of(gated: fx.GraphModule, images: list[Tensor]) -> float:

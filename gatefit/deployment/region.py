@@ -13,17 +13,17 @@ from gatefit.errors import DeployError
 from gatefit.gating.gates import Gate
 from gatefit.graph.activations import activation_of
 from gatefit.graph.blocks import ChannelUnits
-from gatefit.graph.ops import add_fill, harden, scale
+from gatefit.graph.ops import add_compensation, harden, scale
 from gatefit.graph.trace import module_of
 
 SHORTCUT = "shortcut"
-INPUTS = ("entry", SHORTCUT, "whole", "channel", "left")
+INPUTS = ("entry", SHORTCUT, "whole", "channel", "closed_predictions")
 """What a way is given: the block's input, what its branch is added to, both saliences, and what closed units were
 predicted to be."""
 
 
 @dataclass(frozen=True)
-class Ahead:
+class Prefix:
     """What of a branch runs whole beside the gates in the parallel placement.
 
     That is its first layer, what that one needs, and what shapes its result channel by channel.
@@ -38,7 +38,7 @@ class Ahead:
 
 
 @dataclass(frozen=True)
-class Place:
+class Region:
     """Where a branch stands in a gated graph."""
 
     gate: fx.Node
@@ -50,13 +50,13 @@ class Place:
     """The other side."""
     relu: fx.Node | None
     """The ReLU that is all that reads the sum, if there is one."""
-    region: frozenset[fx.Node]
+    nodes: frozenset[fx.Node]
     """All nodes that only the branch needs: its own, and those that apply the saliences."""
-    ahead: Ahead | None
+    prefix: Prefix | None
     """None: the rest of the branch reads something else too."""
 
 
-def place_of(gated: fx.GraphModule, gate: Gate) -> Place:
+def region_of(gated: fx.GraphModule, gate: Gate) -> Region:
     """Find the branch of a gate's block.
 
     Raises:
@@ -64,54 +64,54 @@ def place_of(gated: fx.GraphModule, gate: Gate) -> Place:
     """
     nodes = {n.name: n for n in gated.graph.nodes}
     call = next(n for n in gated.graph.nodes if module_of(gated, n) is gate)
-    region = {nodes[name] for name in gate.of.nodes if name in nodes}
+    region_nodes = {nodes[name] for name in gate.of.nodes if name in nodes}
     for node in gated.graph.nodes:
-        if node.target in (scale, add_fill) and node.args[0] in region:
-            region.add(node)
-    region |= {n for n in gated.graph.nodes if n.target is harden and set(n.users) <= region}
+        if node.target in (scale, add_compensation) and node.args[0] in region_nodes:
+            region_nodes.add(node)
+    region_nodes |= {n for n in gated.graph.nodes if n.target is harden and set(n.users) <= region_nodes}
     add = nodes[gate.of.add]
-    output, shortcut = sorted(add.all_input_nodes, key=lambda n: n not in region)
-    if any(isinstance(module_of(gated, n), Gate) for n in region):
+    output, shortcut = sorted(add.all_input_nodes, key=lambda n: n not in region_nodes)
+    if any(isinstance(module_of(gated, n), Gate) for n in region_nodes):
         raise DeployError("other blocks are nested in its branch")
     given = {call, call.args[0], *call.users}
-    outside = {s for n in region for s in n.all_input_nodes if s not in region and s not in given}
-    if outside or shortcut in region:
+    outside = {s for n in region_nodes for s in n.all_input_nodes if s not in region_nodes and s not in given}
+    if outside or shortcut in region_nodes:
         raise DeployError(f"its branch reads {', '.join(sorted(n.name for n in outside))} besides its input")
     assert isinstance(call.args[0], fx.Node)
-    relu, whole = _relu_behind(gated, add), frozenset(region)
-    return Place(call, call.args[0], add, output, shortcut, relu, whole, _ahead(gated, gate, call.args[0], whole))
+    relu, whole = _relu_behind(gated, add), frozenset(region_nodes)
+    return Region(call, call.args[0], add, output, shortcut, relu, whole, _prefix(gated, gate, call.args[0], whole))
 
 
-def place_or_none(gated: fx.GraphModule, gate: Gate) -> Place | None:
-    """`place_of`, or None where the branch cannot be cut out."""
+def region_or_none(gated: fx.GraphModule, gate: Gate) -> Region | None:
+    """`region_of`, or None where the branch cannot be cut out."""
     try:
-        return place_of(gated, gate)
+        return region_of(gated, gate)
     except DeployError:
         return None
 
 
-def _ahead(gated: fx.GraphModule, gate: Gate, entry: fx.Node, region: frozenset[fx.Node]) -> Ahead | None:
+def _prefix(gated: fx.GraphModule, gate: Gate, entry: fx.Node, region_nodes: frozenset[fx.Node]) -> Prefix | None:
     first = next((layer for layer in gate.of.layers if layer.first), None)
-    last = next((n for n in region if first is not None and n.name == first.node), None)
+    last = next((n for n in region_nodes if first is not None and n.name == first.node), None)
     if last is None:
         return None
     nodes: set[fx.Node] = set()
     needed = [last]
     while needed:
         nodes.add(node := needed.pop())
-        needed += [n for n in node.all_input_nodes if n in region and n not in nodes]
+        needed += [n for n in node.all_input_nodes if n in region_nodes and n not in nodes]
     while len(last.users) == 1 and _shapes_channels(gated, user := next(iter(last.users))):
         nodes.add(last := user)
-    outside = {n for node in region - nodes for n in node.all_input_nodes}
+    outside = {n for node in region_nodes - nodes for n in node.all_input_nodes}
     batches = {n.meta["shape"][0] for n in (entry, last) if "shape" in n.meta}  # windows lie side by side in a batch
     if outside & ((nodes - {last}) | {entry}) or len(batches) > 1:
         return None
     assert first is not None
-    if gate.channel is None or gate.of.gated is None or not first.scaled:
-        return Ahead(frozenset(nodes), last, None, 1)
-    rows = [p for p in gate.of.gated.slices if p.tensor == f"{first.name}.weight" and p.axis == 0]
+    if gate.channel is None or gate.of.channel_units is None or not first.scaled:
+        return Prefix(frozenset(nodes), last, None, 1)
+    rows = [p for p in gate.of.channel_units.slices if p.tensor == f"{first.name}.weight" and p.axis == 0]
     axis = 1 if operator.attrgetter(f"{first.name}.weight")(gated).dim() > 2 else -1  # of images; of tokens
-    return Ahead(frozenset(nodes), last, axis, rows[0].per_unit) if rows else None
+    return Prefix(frozenset(nodes), last, axis, rows[0].per_unit) if rows else None
 
 
 def _shapes_channels(gated: fx.GraphModule, node: fx.Node) -> bool:
@@ -124,10 +124,10 @@ def _relu_behind(gated: fx.GraphModule, add: fx.Node) -> fx.Node | None:
     return user if user is not None and activation_of(gated, user) == "relu" else None
 
 
-def cut(
+def extract(
     gated: fx.GraphModule,
     gate: Gate,
-    place: Place,
+    region: Region,
     keep: Tensor | None = None,
     block_mask: bool = True,
     channel_mask: bool = True,
@@ -135,34 +135,34 @@ def cut(
 ) -> fx.GraphModule:
     """The block as a network of its own, its branch with the units `keep` alone (int64 indices; None: all).
 
-    In the parallel placement it is given, instead of the block's input, what `cut_ahead` made of it.
+    In the parallel placement it is given, instead of the block's input, what `extract_prefix` made of it.
 
     Without `block_mask` or `channel_mask` it is for images whose saliences are all 1 for what is left of the branch.
-    It takes `INPUTS` (None for what the gate does not have) and returns the sum, behind its ReLU if `place` has one.
+    It takes `INPUTS` (None for what the gate does not have) and returns the sum, behind its ReLU if `region` has one.
     Its weights are copies.
 
     Raises:
         DeployError: it cannot be shrunk, and why.
     """
     graph = fx.Graph()
-    entry, shortcut, whole, channel, left = (graph.placeholder(name) for name in INPUTS)
-    if gate.fill is not None:
-        left = graph.call_module("fill", (left,))
+    entry, shortcut, whole, channel, closed_predictions = (graph.placeholder(name) for name in INPUTS)
+    if gate.compensation is not None:
+        closed_predictions = graph.call_module("compensation", (closed_predictions,))
     if keep is not None:
         channel = graph.call_function(torch.index_select, (channel, 1, graph.get_attr("keep")))
-    ahead = place.ahead if parallel else None
-    copied: dict[fx.Node, fx.Node] = {place.entry: entry}
-    if ahead is not None:
-        copied[ahead.output] = entry
-        if keep is not None and ahead.axis is not None:
-            units = graph.get_attr("keep_ahead")
-            copied[ahead.output] = graph.call_function(torch.index_select, (entry, ahead.axis, units))
-    region = place.region - (ahead.nodes if ahead is not None else frozenset())
-    saliences = {user: int(user.args[1]) for user in place.gate.users}  # type: ignore[arg-type]
+    prefix = region.prefix if parallel else None
+    copied: dict[fx.Node, fx.Node] = {region.entry: entry}
+    if prefix is not None:
+        copied[prefix.output] = entry
+        if keep is not None and prefix.axis is not None:
+            units = graph.get_attr("keep_prefix")
+            copied[prefix.output] = graph.call_function(torch.index_select, (entry, prefix.axis, units))
+    region_nodes = region.nodes - (prefix.nodes if prefix is not None else frozenset())
+    saliences = {user: int(user.args[1]) for user in region.gate.users}  # type: ignore[arg-type]
     for user, part in saliences.items():
-        copied[user] = (whole, channel, left)[part]
+        copied[user] = (whole, channel, closed_predictions)[part]
     for node in gated.graph.nodes:
-        if node in region:
+        if node in region_nodes:
             whole_block = node.target is scale and saliences.get(node.all_input_nodes[1]) == 0
             if node.target is scale and not (block_mask if whole_block else channel_mask):
                 copied[node] = copied[node.all_input_nodes[0]]
@@ -170,44 +170,44 @@ def cut(
             copied[node] = graph.node_copy(node, copied.__getitem__)
             if keep is not None:
                 _choose_factors(graph, copied, gate, node)
-    total = graph.call_function(torch.add, (copied[place.output], shortcut))
-    graph.output(total if place.relu is None else graph.call_function(F.relu, (total,)))
-    read = [str(n.target) for n in region if n.op in ("call_module", "get_attr")]
+    total = graph.call_function(torch.add, (copied[region.output], shortcut))
+    graph.output(total if region.relu is None else graph.call_function(F.relu, (total,)))
+    read = [str(n.target) for n in region_nodes if n.op in ("call_module", "get_attr")]
     pieces: dict[str, Any] = {target: copy.deepcopy(operator.attrgetter(target)(gated)) for target in read}
-    if gate.fill is not None:
-        pieces["fill"] = copy.deepcopy(gate.fill)
+    if gate.compensation is not None:
+        pieces["compensation"] = copy.deepcopy(gate.compensation)
     if keep is not None:
-        assert gate.of.gated is not None
+        assert gate.of.channel_units is not None
         pieces["keep"] = keep
-        if ahead is not None:
-            pieces["keep_ahead"] = _entries(keep, ahead.per_unit)
-        pieces |= {f"keep_{f.node}": _entries(keep, f.per_unit) for f in gate.of.gated.factors}
-    way = fx.GraphModule(pieces, graph)
+        if prefix is not None:
+            pieces["keep_prefix"] = _entries(keep, prefix.per_unit)
+        pieces |= {f"keep_{f.node}": _entries(keep, f.per_unit) for f in gate.of.channel_units.factors}
+    variant = fx.GraphModule(pieces, graph)
     if keep is not None:
-        assert gate.of.gated is not None
-        _shrink(way, gate.of.gated, keep, set(read))
-    way.graph.eliminate_dead_code()
-    way.recompile()
-    return way.eval()
+        assert gate.of.channel_units is not None
+        _shrink(variant, gate.of.channel_units, keep, set(read))
+    variant.graph.eliminate_dead_code()
+    variant.recompile()
+    return variant.eval()
 
 
-def cut_ahead(gated: fx.GraphModule, place: Place) -> fx.GraphModule:
+def extract_prefix(gated: fx.GraphModule, region: Region) -> fx.GraphModule:
     """What of the branch runs whole in the parallel placement, from the block's input; its weights are copies."""
-    assert place.ahead is not None
+    assert region.prefix is not None
     graph = fx.Graph()
-    copied = {place.entry: graph.placeholder("entry")}
+    copied = {region.entry: graph.placeholder("entry")}
     for node in gated.graph.nodes:
-        if node in place.ahead.nodes:
+        if node in region.prefix.nodes:
             copied[node] = graph.node_copy(node, copied.__getitem__)
-    graph.output(copied[place.ahead.output])
-    read = [str(n.target) for n in place.ahead.nodes if n.op in ("call_module", "get_attr")]
+    graph.output(copied[region.prefix.output])
+    read = [str(n.target) for n in region.prefix.nodes if n.op in ("call_module", "get_attr")]
     return fx.GraphModule({t: copy.deepcopy(operator.attrgetter(t)(gated)) for t in read}, graph).eval()
 
 
 def _choose_factors(graph: fx.Graph, copied: dict[fx.Node, fx.Node], gate: Gate, node: fx.Node) -> None:
     """Where a way that was just given `node` multiplies the channels by it, take the entries that are left."""
-    assert gate.of.gated is not None
-    factor = next((f for f in gate.of.gated.factors if f.node == node.name), None)
+    assert gate.of.channel_units is not None
+    factor = next((f for f in gate.of.channel_units.factors if f.node == node.name), None)
     if factor is not None:
         if {u.name for u in node.users} != {factor.product}:
             raise DeployError(f"'{node.name}' is read by more than the product with its channels")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from gatefit.deployment.dynamic import DynamicBlock
-from gatefit.deployment.plan import BlockPlan, Seen, plan_block
-from gatefit.deployment.region import Place
+from gatefit.deployment.plan import BlockPlan, Observed, plan_block
+from gatefit.deployment.region import Region
 from gatefit.gating.cost import Placement
 from gatefit.gating.gates import gates_of
 
@@ -45,13 +45,13 @@ def _same(a: BlockPlan, b: BlockPlan) -> bool:
 @torch.no_grad()
 def tune(
     gated: fx.GraphModule,
-    seen: dict[str, Seen],
+    seen: dict[str, Observed],
     batches: Sequence[Tensor],
     build: BuildBlocks,
     masks: int,
-    harvest: bool = False,
+    prune_unused: bool = False,
     placement: Placement = "sequential",
-) -> dict[str, tuple[BlockPlan, Place | None, tuple[Trial, ...]]]:
+) -> dict[str, tuple[BlockPlan, Region | None, tuple[Trial, ...]]]:
     """Time every form of every block and keep the fastest.
 
     Args:
@@ -66,46 +66,48 @@ def tune(
         By block name: the plan, its place (None: it cannot be cut out), and all that was tried.
     """
     gates = gates_of(gated)
-    planned = {name: plan_block(gated, gate, seen[name], masks, harvest, placement) for name, gate in gates.items()}
-    inputs = _inputs(gated, {n: place for n, (_, place) in planned.items() if place is not None}, batches)
-    forms = {n: forms_of(plan) for n, (plan, place) in planned.items() if place is not None}
+    planned = {
+        name: plan_block(gated, gate, seen[name], masks, prune_unused, placement) for name, gate in gates.items()
+    }
+    inputs = _inputs(gated, {n: region for n, (_, region) in planned.items() if region is not None}, batches)
+    forms = {n: forms_of(plan) for n, (plan, region) in planned.items() if region is not None}
     flat = [(n, form) for n, some in forms.items() for form in some]
     blocks = [DynamicBlock(gated, gates[n], planned[n][1], form) for n, form in flat]  # type: ignore[arg-type]
     runs = build([b.eval() for b in blocks], [inputs[n][0] for n, _ in flat])
-    result: dict[str, tuple[BlockPlan, Place | None, tuple[Trial, ...]]] = {}
-    for name, (plan, place) in planned.items():
-        if place is None:
+    result: dict[str, tuple[BlockPlan, Region | None, tuple[Trial, ...]]] = {}
+    for name, (plan, region) in planned.items():
+        if region is None:
             result[name] = (plan, None, ())
             continue
         some = [(form, run) for (n, form), run in zip(flat, runs, strict=True) if n == name]
-        taken = milliseconds([run for _, run in some], inputs[name])
-        trials = tuple(Trial(form, t) for (form, _), t in zip(some, taken, strict=True))
-        result[name] = (min(trials, key=lambda t: t.milliseconds).plan, place, trials)
+        times_ms = milliseconds([run for _, run in some], inputs[name])
+        trials = tuple(Trial(form, t) for (form, _), t in zip(some, times_ms, strict=True))
+        result[name] = (min(trials, key=lambda t: t.milliseconds).plan, region, trials)
     return result
 
 
 def _inputs(
-    gated: fx.GraphModule, places: dict[str, Place], batches: Sequence[Tensor]
+    gated: fx.GraphModule, regions: dict[str, Region], batches: Sequence[Tensor]
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """What each block is given for each batch: its input and its shortcut."""
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in places}
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in regions}
     for batch in batches:
         interpreter = fx.Interpreter(gated, garbage_collect_values=False)
         interpreter.run(batch)
-        for name, place in places.items():
-            found[name].append((interpreter.env[place.entry], interpreter.env[place.shortcut]))
+        for name, region in regions.items():
+            found[name].append((interpreter.env[region.entry], interpreter.env[region.shortcut]))
     return found
 
 
 @torch.no_grad()
 def milliseconds(runs: Sequence[Callable[..., object]], inputs: Sequence[tuple[Tensor, ...]]) -> list[float]:
     """How long each run takes, with its weights at hand: mean over inputs of the median over rounds, interleaved."""
-    taken: list[list[list[float]]] = [[[] for _ in inputs] for _ in runs]
+    times_ms: list[list[list[float]]] = [[[] for _ in inputs] for _ in runs]
     for _ in range(ROUNDS):
         for i, given in enumerate(inputs):
-            for run, into in zip(runs, taken, strict=True):
+            for run, into in zip(runs, times_ms, strict=True):
                 run(*given)
                 began = time.perf_counter()
                 run(*given)
                 into[i].append(1000 * (time.perf_counter() - began))
-    return [statistics.mean(statistics.median(x) for x in one) for one in taken]
+    return [statistics.mean(statistics.median(x) for x in one) for one in times_ms]

@@ -42,7 +42,7 @@ def save(gated: fx.GraphModule, folder: str | Path, extra: dict[str, Any] | None
         "input": asdict(gated.meta["input"]),
         "gates": gated.meta["gates"],
         "form": first.form,
-        "fill": gated.meta["fill"],
+        "compensation": gated.meta["compensation"],
         "blocks": [{"name": n, "features": g.of.features, "units": g.of.units} for n, g in gates.items()],
         "architecture": _architecture(gated),
         "sha256": _digest(folder / WEIGHTS),
@@ -82,7 +82,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule:
             model = build(ModelReference(**config["model"]))
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["input"].items()}
         spec = InputSpec(**given)
-        gated = rewrite(model.eval(), torch.zeros(2, *spec.shape), config["gates"], config["form"], config["fill"])
+        gated = rewrite(
+            model.eval(), torch.zeros(2, *spec.shape), config["gates"], config["form"], config["compensation"]
+        )
         blocks = [{"name": n, "features": g.of.features, "units": g.of.units} for n, g in gates_of(gated).items()]
         if blocks != config["blocks"]:
             raise CheckpointError(f"{folder}: its gates do not fit the network that {CONFIG} names")
@@ -108,7 +110,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing, damaged, or of another format.
     """
     config = read_json(folder / CONFIG)
-    needed = {"format", "model", "input", "gates", "form", "fill", "blocks", "architecture", "sha256"}
+    needed = {"format", "model", "input", "gates", "form", "compensation", "blocks", "architecture", "sha256"}
     if not isinstance(config, dict) or not needed <= set(config):
         raise CheckpointError(f"{folder / CONFIG} is not one that gatefit wrote: keys are missing")
     if config["format"] != FORMAT:

@@ -30,7 +30,7 @@ class BlockCost:
     first_scaled: bool
     gate: int
     """The gates themselves."""
-    gated: bool
+    has_block_gate: bool
     """Whether there is a block gate."""
 
     @property
@@ -88,7 +88,7 @@ def costs_of(gated: fx.GraphModule, image_shape: tuple[int, ...]) -> Costs:
                 first=macs[first.node] if first else 0,
                 first_scaled=bool(first and first.scaled and scalable),
                 gate=gate.macs,
-                gated=gate.block is not None,
+                has_block_gate=gate.block is not None,
             )
         )
     parents = {b.name: b.parent for b in blocks}

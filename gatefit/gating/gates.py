@@ -59,21 +59,23 @@ class Gate(nn.Module):
             in the paper; 0 at the start.
     """
 
-    lowered: Tensor
+    threshold: Tensor
     """By how much each pre-activation was lowered since the start, (units,); only with a fill."""
 
-    def __init__(self, of: ResidualBlock, gates: str = "lc", form: GateForm = "relu1", fill: bool = False) -> None:
+    def __init__(
+        self, of: ResidualBlock, gates: str = "lc", form: GateForm = "relu1", compensation: bool = False
+    ) -> None:
         super().__init__()
         self.of = of
         self.form = form
         self.block = _identity_fc(of.features, 1) if "l" in gates else None
         self.channel = _identity_fc(of.features, of.units) if "c" in gates and of.units else None
-        self.fill: nn.Linear | None = None
-        consumer = of.gated.consumer if of.gated else None
-        if fill and self.channel is not None and consumer is not None:
-            self.fill = nn.Linear(of.units, consumer.channels, bias=False)
-            nn.init.zeros_(self.fill.weight)
-            self.register_buffer("lowered", torch.zeros(of.units))
+        self.compensation: nn.Linear | None = None
+        consumer = of.channel_units.consumer if of.channel_units else None
+        if compensation and self.channel is not None and consumer is not None:
+            self.compensation = nn.Linear(of.units, consumer.channels, bias=False)
+            nn.init.zeros_(self.compensation.weight)
+            self.register_buffer("threshold", torch.zeros(of.units))
         self.outputs: GateOutputs | None = None
 
     @property
@@ -84,8 +86,8 @@ class Gate(nn.Module):
     @property
     def macs(self) -> int:
         """MACs per image of the gate itself."""
-        fills = [] if self.fill is None else [self.fill]
-        return sum(fc.in_features * fc.out_features for fc in self.layers + fills)
+        compensations = [] if self.compensation is None else [self.compensation]
+        return sum(fc.in_features * fc.out_features for fc in self.layers + compensations)
 
     def pool(self, x: Tensor) -> Tensor:
         """Global average pooling of the block's input over all but batch and channels: (B, features)."""
@@ -103,28 +105,28 @@ class Gate(nn.Module):
         if channel is None:
             return whole, None, None
         salience = self.salience(channel)
-        if self.fill is None:
+        if self.compensation is None:
             return whole, salience, None
-        return whole, salience, _linear(self.fill, self._left_behind(channel, salience))
+        return whole, salience, _linear(self.compensation, self._closed_predictions(channel, salience))
 
     def opened(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What `forward` would give if every unit and the block were open: saliences 1, fill 0."""
         one, zero = x.new_ones(x.shape[0], 1), x.new_zeros(x.shape[0], 1)
         block, channel = (None if fc is None else one.expand(-1, fc.out_features) for fc in (self.block, self.channel))
-        return block, channel, None if self.fill is None else zero.expand(-1, self.fill.out_features)
+        return block, channel, None if self.compensation is None else zero.expand(-1, self.compensation.out_features)
 
-    def left_behind(self, x: Tensor) -> Tensor:
+    def closed_predictions(self, x: Tensor) -> Tensor:
         """What closed units were predicted to be, 0 for open ones: the input of the fill, (B, units)."""
         assert self.channel is not None
         logits = _linear(self.channel, self.pool(x))
-        return self._left_behind(logits, self.salience(logits))
+        return self._closed_predictions(logits, self.salience(logits))
 
-    def _left_behind(self, logits: Tensor, salience: Tensor) -> Tensor:
+    def _closed_predictions(self, logits: Tensor, salience: Tensor) -> Tensor:
         return (1 - salience) * self.predicted(logits)
 
     def predicted(self, logits: Tensor) -> Tensor:
         """What pre-activations say of the units, open or closed; scaled so that the fill learns as other layers do."""
-        return (logits + self.lowered).clamp_min(0) / 8
+        return (logits + self.threshold).clamp_min(0) / 8
 
     def salience(self, logits: Tensor) -> Tensor:
         """Salience of each pre-activation; leaky in training."""

@@ -73,11 +73,11 @@ class _Probe(fx.Interpreter):
         name = gate.of.name
         self.pooled[name] = gate.pool(x).detach()
         with torch.no_grad():
-            block, channel, fill = self.forward(gate, x)
+            block, channel, compensation = self.forward(gate, x)
         given = [None if s is None else s.clone().requires_grad_() for s in (block, channel)]
         self.saliences[name] = given
         self.activations[name] = [None, None]
-        return given[0], given[1], fill
+        return given[0], given[1], compensation
 
 
 def _mean(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tensor:
@@ -164,26 +164,30 @@ def start_from_data(
             fc.weight.copy_(k * weight + EMPHASIS * hard_weight)
             fc.bias.copy_(k * bias + EMPHASIS * hard_bias)
         for name, gate in gates_of(gated).items():
-            if gate.fill is not None and gate.channel is not None:
+            if gate.compensation is not None and gate.channel is not None:
                 pooled = torch.cat([r[0] for r in rows[name]])
-                gate.lowered.zero_()
-                _start_fill(gated, gate, gate.predicted(gate.channel(pooled)), torch.cat(means[name]))
+                gate.threshold.zero_()
+                _initialise_compensation(gated, gate, gate.predicted(gate.channel(pooled)), torch.cat(means[name]))
     gated.train(was_training)
     return k
 
 
-def _start_fill(gated: fx.GraphModule, gate: Gate, predicted: Tensor, mean: Tensor) -> None:
+def _initialise_compensation(gated: fx.GraphModule, gate: Gate, predicted: Tensor, mean: Tensor) -> None:
     """What the reader would have made of each unit's mean activation, as predicted by the gate.
 
     Args:
         predicted: what the gate says of the images, (N, units).
         mean: true mean activations, (N, units).
     """
-    assert gate.fill is not None and gate.of.gated is not None and gate.of.gated.consumer is not None
+    assert (
+        gate.compensation is not None
+        and gate.of.channel_units is not None
+        and gate.of.channel_units.consumer is not None
+    )
     slope = (mean * predicted).sum(0) / predicted.square().sum(0).clamp_min(1e-12)
-    weight = gated.get_submodule(gate.of.gated.consumer.name).get_parameter("weight").detach()
+    weight = gated.get_submodule(gate.of.channel_units.consumer.name).get_parameter("weight").detach()
     summed = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
-    gate.fill.weight.copy_(summed.unflatten(1, (gate.of.units, -1)).sum(2) * slope)
+    gate.compensation.weight.copy_(summed.unflatten(1, (gate.of.units, -1)).sum(2) * slope)
 
 
 @torch.no_grad()
@@ -212,8 +216,12 @@ def _block_damage(gated: fx.GraphModule, images: ImageSet, chosen: Tensor, batch
 
 def _forced(name: str, salience: float, gate: Gate, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What a gate gives, but for the block `name` that salience."""
-    block, channel, fill = gate(x)
-    return torch.full_like(block, salience) if gate.of.name == name and block is not None else block, channel, fill
+    block, channel, compensation = gate(x)
+    return (
+        torch.full_like(block, salience) if gate.of.name == name and block is not None else block,
+        channel,
+        compensation,
+    )
 
 
 def _guess(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from gatefit.gating.gates import PREFIX, Gate, GateForm
 from gatefit.gating.verify import verify
 from gatefit.graph.blocks import FoundBlocks, ResidualBlock, match_blocks
 from gatefit.graph.channels import with_channel_units
-from gatefit.graph.ops import add_fill, harden, scale
+from gatefit.graph.ops import add_compensation, harden, scale
 from gatefit.graph.trace import trace
 from gatefit.inputs.models import input_spec, recognise
 
@@ -41,7 +41,7 @@ def retrofit(
     example: Tensor | None = None,
     gates: GateKinds = "lc",
     form: GateForm = "relu1",
-    fill: bool = False,
+    compensation: bool = False,
 ) -> fx.GraphModule:
     """Return a copy of a network with a block gate and a channel gate retrofitted on each residual block.
 
@@ -64,14 +64,14 @@ def retrofit(
     Source: arXiv 2007.15151, joint form: both gates in parallel to the block on one shared pooling.
     """
     example = default_example(model) if example is None else example
-    gated = rewrite(model, example, gates, form, fill)
+    gated = rewrite(model, example, gates, form, compensation)
     gated.meta["reference"] = recognise(model)
     gated.meta["verification"] = verify(model, gated, _random_like(model, example))
     return gated
 
 
 def rewrite(
-    model: nn.Module, example: Tensor, gates: GateKinds = "lc", form: GateForm = "relu1", fill: bool = False
+    model: nn.Module, example: Tensor, gates: GateKinds = "lc", form: GateForm = "relu1", compensation: bool = False
 ) -> fx.GraphModule:
     """`retrofit` without the check: for a network whose conversion was checked before."""
     if gates not in ("lc", "l", "c"):
@@ -84,13 +84,13 @@ def rewrite(
         raise ConversionError(no_block_message(type(model).__name__, found))
     nodes = {node.name: node for node in traced.graph.nodes}
     traced.add_module(PREFIX, nn.Module())
-    saliences = [_insert_gate(traced, nodes, block, Gate(block, gates, form, fill)) for block in chosen]
+    saliences = [_insert_gate(traced, nodes, block, Gate(block, gates, form, compensation)) for block in chosen]
     for block, parts in zip(chosen, saliences, strict=True):
         _insert_scales(traced.graph, nodes, block, *parts)
     traced.graph.lint()
     traced.recompile()
     traced.meta["gates"] = gates
-    traced.meta["fill"] = fill
+    traced.meta["compensation"] = compensation
     traced.meta["input"] = replace(input_spec(model), shape=_image_shape(example))
     return traced
 
@@ -146,7 +146,7 @@ def _insert_gate(
     with traced.graph.inserting_after(entry):
         given = traced.graph.call_module(f"{PREFIX}.{name}", (entry,))
     parts = []
-    for i, fc in enumerate((gate.block, gate.channel, gate.fill)):
+    for i, fc in enumerate((gate.block, gate.channel, gate.compensation)):
         with traced.graph.inserting_after(given):
             parts.append(None if fc is None else traced.graph.call_function(operator.getitem, (given, i)))
     return parts[0], parts[1], parts[2]
@@ -158,15 +158,17 @@ def _insert_scales(
     block: ResidualBlock,
     whole: fx.Node | None,
     channel: fx.Node | None,
-    fill: fx.Node | None,
+    compensation: fx.Node | None,
 ) -> None:
     """Multiply by the saliences: the channels at their masks, the whole branch before the add; and fill."""
-    if fill is not None and block.gated is not None and block.gated.consumer is not None:
-        reader = nodes[block.gated.consumer.node]
+    if compensation is not None and block.channel_units is not None and block.channel_units.consumer is not None:
+        reader = nodes[block.channel_units.consumer.node]
         with graph.inserting_after(reader):
-            filled = graph.call_function(add_fill, (reader, fill, block.gated.consumer.axis))
-        reader.replace_all_uses_with(filled, delete_user_cb=lambda user: user is not filled)
-    for mask in block.gated.masks if channel is not None and block.gated is not None else ():
+            compensated = graph.call_function(
+                add_compensation, (reader, compensation, block.channel_units.consumer.axis)
+            )
+        reader.replace_all_uses_with(compensated, delete_user_cb=lambda user: user is not compensated)
+    for mask in block.channel_units.masks if channel is not None and block.channel_units is not None else ():
         masked = nodes[mask.node]
         with graph.inserting_after(masked):
             salience = graph.call_function(harden, (channel,)) if mask.hard else channel
@@ -177,7 +179,7 @@ def _insert_scales(
         add = nodes[block.add]
         current = nodes[block.output]
         if current not in add.all_input_nodes:  # the branch ends in the layer that is filled
-            current = next(u for u in current.users if u.target is add_fill)
+            current = next(u for u in current.users if u.target is add_compensation)
         with graph.inserting_before(add):
             scaled = graph.call_function(scale, (current, whole, 1))
         add.replace_input_with(current, scaled)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.gating.gates import Gate
 from gatefit.gating.initialise import Tick
-from gatefit.graph.ops import add_fill
+from gatefit.graph.ops import add_compensation
 from gatefit.graph.trace import module_of, shape_of
 
 PRIOR_IMAGES = 40
@@ -31,13 +31,13 @@ LIVE = 4
 
 
 def images_that_fit(gated: fx.GraphModule) -> int:
-    """How many images `refit` can hold at once."""
+    """How many images `reconstruct` can hold at once."""
     shapes = [s for n in gated.graph.nodes if (s := shape_of(n)) is not None and len(s) > 1]
     return max(1, MEMORY // (4 * LIVE * max(math.prod(s[1:]) for s in shapes)))
 
 
 @torch.no_grad()
-def refit(gated: fx.GraphModule, batches: Iterable[Tensor], tick: Tick = lambda done, of: None) -> int:
+def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], tick: Tick = lambda done, of: None) -> int:
     """Refit the layers of `gated` that read changed inputs, in place, with its gates as they are; leaves eval mode.
 
     Grouped convolutions keep their weights, and so do layers that are called more than once; BN statistics stay.
@@ -53,18 +53,18 @@ def refit(gated: fx.GraphModule, batches: Iterable[Tensor], tick: Tick = lambda 
     gated.eval()
     runs = _Runs(gated, list(batches))
     calls = [n.target for n in gated.graph.nodes if n.op == "call_module"]
-    refitted = 0
+    reconstructed = 0
     for done, node in enumerate(gated.graph.nodes, 1):
         tick(done, len(gated.graph.nodes))
         if node.op == "output":
             break
         changed = runs.run_open(node)
         layer = module_of(gated, node)
-        if changed and _can_be_refitted(layer) and calls.count(node.target) == 1:
-            _refit_layer(gated, node, layer, runs)
-            refitted += 1
+        if changed and _can_be_reconstructed(layer) and calls.count(node.target) == 1:
+            _reconstruct_layer(gated, node, layer, runs)
+            reconstructed += 1
         runs.run_gated(node, changed)
-    return refitted
+    return reconstructed
 
 
 class _Runs:
@@ -114,27 +114,27 @@ def _same(some: list[Any], others: list[Any]) -> bool:
     return all(a is b or torch.equal(a, b) for a, b in pairs)
 
 
-def _can_be_refitted(layer: nn.Module | None) -> bool:
+def _can_be_reconstructed(layer: nn.Module | None) -> bool:
     if type(layer) is nn.Conv2d:
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return type(layer) is nn.Linear
 
 
-def _refit_layer(gated: fx.GraphModule, node: fx.Node, layer: Any, runs: _Runs) -> None:
+def _reconstruct_layer(gated: fx.GraphModule, node: fx.Node, layer: Any, runs: _Runs) -> None:
     """Least squares on what is missing: weight += argmin |change . inputs - missing|^2 + prior |change|^2."""
     source = node.all_input_nodes[0]
-    added = next((n.all_input_nodes[1] for n in node.users if n.target is add_fill), None)
-    fill, kept = _fill(gated, added, runs) if added is not None else (None, [])
+    added = next((n.all_input_nodes[1] for n in node.users if n.target is add_compensation), None)
+    compensation, kept = _compensation(gated, added, runs) if added is not None else (None, [])
     read = layer.weight[0].numel()
-    size = read + (fill.in_features if fill is not None else 0)
+    size = read + (compensation.in_features if compensation is not None else 0)
     gram = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
     cross = torch.zeros(size, layer.weight.shape[0], dtype=torch.float64, device=layer.weight.device)
     images = sum(len(x) for x in runs.images)
     for i, x in enumerate(runs.actual[source]):
         missing = runs.open[node][i] - layer(x)
         inputs = _inputs(layer, x)
-        if fill is not None:
-            missing = add_fill(missing, -fill(kept[i]), 1 if isinstance(layer, nn.Conv2d) else -1)
+        if compensation is not None:
+            missing = add_compensation(missing, -compensation(kept[i]), 1 if isinstance(layer, nn.Conv2d) else -1)
             inputs = torch.cat([inputs, kept[i][:, :, None].expand(-1, -1, inputs.shape[2])], 1)
         goal = missing.flatten(2) if isinstance(layer, nn.Conv2d) else _positions(missing)
         rows, goals = inputs.transpose(0, 1).flatten(1), goal.transpose(0, 1).flatten(1)
@@ -145,17 +145,17 @@ def _refit_layer(gated: fx.GraphModule, node: fx.Node, layer: Any, runs: _Runs) 
     gram.diagonal().mul_(1 + PRIOR_IMAGES / images).add_(1e-12 * gram.diagonal().max() + 1e-30)
     change = torch.linalg.solve(gram, cross).T.to(layer.weight.dtype)
     layer.weight.add_(change[:, :read].reshape(layer.weight.shape))
-    if fill is not None and added is not None:
-        fill.weight.add_(change[:, read:])
-        runs.actual[added] = [fill(k) for k in kept]  # what comes next must see the new one
+    if compensation is not None and added is not None:
+        compensation.weight.add_(change[:, read:])
+        runs.actual[added] = [compensation(k) for k in kept]  # what comes next must see the new one
 
 
-def _fill(gated: fx.GraphModule, added: fx.Node, runs: _Runs) -> tuple[nn.Linear, list[Tensor]]:
+def _compensation(gated: fx.GraphModule, added: fx.Node, runs: _Runs) -> tuple[nn.Linear, list[Tensor]]:
     """The fill that `added` is the output of, and what it reads on each batch."""
     call = added.all_input_nodes[0]
     gate = module_of(gated, call)
-    assert isinstance(gate, Gate) and gate.fill is not None
-    return gate.fill, [gate.left_behind(x) for x in runs.actual[call.all_input_nodes[0]]]
+    assert isinstance(gate, Gate) and gate.compensation is not None
+    return gate.compensation, [gate.closed_predictions(x) for x in runs.actual[call.all_input_nodes[0]]]
 
 
 def _inputs(layer: nn.Module, x: Tensor) -> Tensor:

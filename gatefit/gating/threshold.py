@@ -19,23 +19,23 @@ GAIN = 0.1
 STEPS = 18
 
 
-def lower(gated: nn.Module, shift: float, keep: float = 0.0) -> None:
-    """Lower every pre-activation by `shift`; a block's gates stop where `keep` of them are open in the last batch."""
+def lower(gated: nn.Module, shift: float, min_open: float = 0.0) -> None:
+    """Lower every pre-activation by `shift`; a block keeps `min_open` of its gates open in the last batch."""
     with torch.no_grad():
         for gate, out in outputs_of(gated):
             for fc, logits in ((gate.block, out.block), (gate.channel, out.channel)):
                 if fc is not None and logits is not None:
-                    by = min(shift, _most(logits, keep))
+                    by = min(shift, _most(logits, min_open))
                     fc.bias.sub_(by)
-                    if fc is gate.channel and gate.fill is not None:
-                        gate.lowered.add_(by)
+                    if fc is gate.channel and gate.compensation is not None:
+                        gate.threshold.add_(by)
 
 
-def threshold_for(gated: nn.Module, costs: Costs, target: float, keep: float = 0.0) -> float:
+def threshold_for(gated: nn.Module, costs: Costs, target: float, min_open: float = 0.0) -> float:
     """The shift at which the last batch would run the share `target` of the dense network's MACs."""
     outputs = {gate.of.name: out for gate, out in outputs_of(gated)}
     most = {
-        (name, kind): _most(x, keep)
+        (name, kind): _most(x, min_open)
         for name, out in outputs.items()
         for kind, x in (("block", out.block), ("channel", out.channel))
         if x is not None
@@ -65,23 +65,23 @@ def price_threshold(l1: float, factor: float) -> float:
     return factor * math.sqrt(2 * l1)
 
 
-def smallest_share(costs: Costs, keep: float) -> float:
+def smallest_share(costs: Costs, min_open: float) -> float:
     """The share of MACs that is left when all gates are closed as far as the guard lets them."""
     least = float(costs.base)
     running: dict[str, float] = {}
     for b in costs.blocks:
         reached = running.get(b.parent or "", 1.0)
-        runs = running[b.name] = reached * (keep if b.gated else 1.0)
-        closing = keep if b.scaled or b.first_scaled else 1.0
+        runs = running[b.name] = reached * (min_open if b.has_block_gate else 1.0)
+        closing = min_open if b.scaled or b.first_scaled else 1.0
         first = b.first * (closing if b.first_scaled else 1)
         least += reached * b.gate + runs * (b.fixed + closing * b.scaled + first)
     return least / costs.dense
 
 
-def _most(logits: torch.Tensor, keep: float) -> float:
-    """The largest shift that leaves the share `keep` of these gates open."""
-    if not keep:
+def _most(logits: torch.Tensor, min_open: float) -> float:
+    """The largest shift that leaves the share `min_open` of these gates open."""
+    if not min_open:
         return float("inf")
     flat = logits.detach().flatten()
-    rank = max(1, int((1 - keep) * flat.numel()))
+    rank = max(1, int((1 - min_open) * flat.numel()))
     return float(flat.kthvalue(rank).values)

@@ -48,8 +48,10 @@ def verify(model: nn.Module, gated: fx.GraphModule, image: Tensor, seed: int = 0
         state = subject.state_dict()
         wide, deep = [], []
         for gate in gates_of(subject).values():
-            if gate.fill is not None:
-                gate.fill.weight.copy_(_noise(list(gate.fill.weight.shape), gate.fill.weight, generator))
+            if gate.compensation is not None:
+                gate.compensation.weight.copy_(
+                    _noise(list(gate.compensation.weight.shape), gate.compensation.weight, generator)
+                )
             if gate.channel is not None:
                 closed = _close_half(gate.channel, generator)
                 units += int(closed.sum())
@@ -89,8 +91,8 @@ def _close_half(fc: nn.Linear, generator: torch.Generator) -> Tensor:
 
 
 def _corrupt_units(state: dict[str, Tensor], gate: Gate, closed: Tensor, generator: torch.Generator) -> None:
-    assert gate.of.gated is not None
-    for piece in gate.of.gated.slices:
+    assert gate.of.channel_units is not None
+    for piece in gate.of.channel_units.slices:
         tensor = state[piece.tensor]
         index = closed.repeat_interleave(piece.per_unit).nonzero()[:, 0].to(tensor.device)
         shape = list(tensor.shape)

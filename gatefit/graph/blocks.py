@@ -107,7 +107,7 @@ class ResidualBlock:
     entry_axis: int
     layers: tuple[Layer, ...]
     """The branch's layers, less those of blocks nested in it."""
-    gated: ChannelUnits | None
+    channel_units: ChannelUnits | None
     parent: str | None = None
     """Name of the block in whose branch this one lies, if any."""
     no_channel_gate: str = ""
@@ -116,12 +116,12 @@ class ResidualBlock:
     @property
     def channels(self) -> int:
         """Channels that the channel gate controls; 0: no channel gate."""
-        return self.gated.channels if self.gated else 0
+        return self.channel_units.channels if self.channel_units else 0
 
     @property
     def units(self) -> int:
         """Saliences of the channel gate; 0: no channel gate."""
-        return self.gated.units if self.gated else 0
+        return self.channel_units.units if self.channel_units else 0
 
     @property
     def macs(self) -> int:
@@ -277,10 +277,10 @@ def _match_side(output: fx.Node, shortcut: fx.Node, cone: list[fx.Node], facts: 
     entry_shape, out_shape = shape_of(entry), shape_of(output)
     if entry_shape is None or out_shape is None or entry_shape[0] != out_shape[0] or len(entry_shape) < 2:
         return f"'{entry.name}' is not one tensor per image (its batch axis is folded with another)"
-    way = _shortest_way(entry, shortcut, facts)
-    if way is None:
+    path = _shortest_path(entry, shortcut, facts)
+    if path is None:
         return f"the other side, '{shortcut.name}', does not start at '{entry.name}', the input of the branch"
-    layers, projection = way
+    layers, projection = path
     if layers > 1:
         return f"the way from '{entry.name}' to '{shortcut.name}' has {layers} layers: no shortcut"
     if projection > work:
@@ -290,7 +290,7 @@ def _match_side(output: fx.Node, shortcut: fx.Node, cone: list[fx.Node], facts: 
     return _Match(tuple(cone), entry, output)
 
 
-def _shortest_way(entry: fx.Node, end: fx.Node, facts: _Facts) -> tuple[int, int] | None:
+def _shortest_path(entry: fx.Node, end: fx.Node, facts: _Facts) -> tuple[int, int] | None:
     """(layers that mix channels, MACs) on the way from entry to end that has the fewest, None if there is no way."""
     best: dict[fx.Node, tuple[int, int]] = {end: (0, 0)}
     frontier = [end]
@@ -322,21 +322,27 @@ def _unique_name(
     traced: fx.GraphModule, add: fx.Node, cone: tuple[fx.Node, ...], macs: dict[fx.Node, int], taken: set[str]
 ) -> str:
     """The module in whose forward the add stands; if that has several, the branch's sub-module is added."""
-    place = path_of(add)
-    if place and place not in taken and _adds_at(traced, place) == 1:
-        return place
+    module_path = path_of(add)
+    if module_path and module_path not in taken and _adds_at(traced, module_path) == 1:
+        return module_path
     first = next(n for n in cone if macs[n])
     inner = str(first.target) if first.op == "call_module" else path_of(first)
-    rest = inner[len(place) + 1 :] if place and inner.startswith(place + ".") else inner if not place else ""
-    candidate = ".".join(p for p in (place, rest.split(".")[0]) if p) or add.name
+    rest = (
+        inner[len(module_path) + 1 :]
+        if module_path and inner.startswith(module_path + ".")
+        else inner
+        if not module_path
+        else ""
+    )
+    candidate = ".".join(p for p in (module_path, rest.split(".")[0]) if p) or add.name
     name, number = candidate, 2
     while name in taken:
         name, number = f"{candidate}_{number}", number + 1
     return name
 
 
-def _adds_at(traced: fx.GraphModule, place: str) -> int:
-    return sum(_is_tensor_add(n) and path_of(n) == place for n in traced.graph.nodes)
+def _adds_at(traced: fx.GraphModule, module_path: str) -> int:
+    return sum(_is_tensor_add(n) and path_of(n) == module_path for n in traced.graph.nodes)
 
 
 def _describe(
@@ -355,7 +361,7 @@ def _describe(
         features=shape[axis],
         entry_axis=axis,
         layers=tuple(Layer(layer_name(n), n.name, macs[n], first=n is weighted[0]) for n in weighted),
-        gated=None,
+        channel_units=None,
     )
 
 

@@ -97,7 +97,7 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
     most = max(saved for saved, _ in found)
     units = next(units for saved, units in found if 2 * saved >= most)
     layers = tuple(replace(layer, scaled=layer.name in units.scaled) for layer in block.layers)
-    return replace(block, gated=units, layers=layers)
+    return replace(block, channel_units=units, layers=layers)
 
 
 def _units_from(

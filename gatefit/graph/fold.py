@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import StochasticDepth
 
-from gatefit.graph.ops import add_fill
+from gatefit.graph.ops import add_compensation
 from gatefit.graph.trace import module_of, trace
 
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath, StochasticDepth)
@@ -43,17 +43,17 @@ def fold_in_place(traced: fx.GraphModule) -> fx.GraphModule:
         if norm is None or norm.running_var is None or calls.count(node.target) > 1:
             continue
         before = node.all_input_nodes[0]
-        source, filled = before, None
-        if before.target is add_fill:
-            source, filled = before.all_input_nodes
+        source, compensated = before, None
+        if before.target is add_compensation:
+            source, compensated = before.all_input_nodes
         conv = _exactly(module_of(traced, source), (nn.Conv2d, Conv2dSame))
-        fill = None if filled is None else _exactly(module_of(traced, filled), (nn.Linear,))
+        compensation = None if compensated is None else _exactly(module_of(traced, compensated), (nn.Linear,))
         if conv is None or not once(source):
             continue
-        if filled is not None:
-            if fill is None or not once(filled) or len(before.users) > 1:
+        if compensated is not None:
+            if compensation is None or not once(compensated) or len(before.users) > 1:
                 continue
-            fill.weight.mul_((norm.weight * (norm.running_var + norm.eps).rsqrt())[:, None])
+            compensation.weight.mul_((norm.weight * (norm.running_var + norm.eps).rsqrt())[:, None])
         traced.set_submodule(str(source.target), fuse_conv_bn_eval(conv, norm))
         if isinstance(norm, BatchNormAct2d):
             traced.set_submodule(str(node.target), norm.act)  # its dropout does nothing in eval mode

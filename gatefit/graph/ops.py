@@ -17,8 +17,8 @@ def harden(salience: Tensor) -> Tensor:
     return (salience > 0).to(salience.dtype)
 
 
-def add_fill(value: Tensor, fill: Tensor, axis: int) -> Tensor:
+def add_compensation(value: Tensor, compensation: Tensor, axis: int) -> Tensor:
     """Add a fill (B, channels) to every position of `value` (B, ...), whose channels stand on `axis`."""
     shape = [value.shape[0]] + [1] * (value.dim() - 1)
-    shape[axis] = fill.shape[1]
-    return value + fill.view(shape).to(value.dtype)
+    shape[axis] = compensation.shape[1]
+    return value + compensation.view(shape).to(value.dtype)

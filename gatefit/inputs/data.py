@@ -294,10 +294,10 @@ def _tar_files(path: Path) -> tuple[list[tuple[tuple[str, ...], Any]], Callable[
         (PurePosixPath(m.name).parts, (m.name, m.offset_data, m.size)) for m in sorted(members, key=lambda m: m.name)
     ]
 
-    def opener(place: tuple[str, int, int]) -> Image.Image:
+    def opener(source: tuple[str, int, int]) -> Image.Image:
         with path.open("rb") as stream:
-            stream.seek(place[1])
-            return Image.open(io.BytesIO(stream.read(place[2])))
+            stream.seek(source[1])
+            return Image.open(io.BytesIO(stream.read(source[2])))
 
     return files, opener
 
@@ -359,18 +359,18 @@ def _build(
 ) -> ImageSet:
     """Decode all images where they fit in memory, else on reading."""
 
-    def read(place: Any) -> Tensor:
-        label = place[0] if isinstance(place, tuple) else place
+    def read(source: Any) -> Tensor:
+        label = source[0] if isinstance(source, tuple) else source
         try:
-            return _decode(opener(place), spec)
+            return _decode(opener(source), spec)
         except Exception as error:
             raise DataError(
                 f"the image '{label}' cannot be read ({error}); repair or remove it, or pass --skip-corrupt"
             ) from error
 
-    def read_or_none(place: Any) -> Tensor | None:
+    def read_or_none(source: Any) -> Tensor | None:
         try:
-            return read(place)
+            return read(source)
         except DataError:
             if corrupt == "refuse":
                 raise
@@ -380,18 +380,18 @@ def _build(
     resident = None
     if len(items) * size <= RESIDENT_BYTES:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            decoded = list(pool.map(read_or_none, [place for place, _ in items]))
+            decoded = list(pool.map(read_or_none, [source for source, _ in items]))
         items = [item for item, image in zip(items, decoded, strict=True) if image is not None]
         kept = [image for image in decoded if image is not None]
         if not kept:
             raise DataError(f"'{name}' holds no readable image")
         resident = torch.stack(kept)
     labels = torch.tensor([label for _, label in items])
-    places = [place for place, _ in items]
+    sources = [source for source, _ in items]
     return ImageSet(
         name=name,
         count=len(items),
-        read=(lambda i: read(places[i])) if resident is None else resident.__getitem__,
+        read=(lambda i: read(sources[i])) if resident is None else resident.__getitem__,
         labels=labels if classes else None,
         classes=tuple(str(c) for c in classes),
         resident=resident,

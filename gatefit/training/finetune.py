@@ -13,7 +13,7 @@ from gatefit.gating.cost import costs_of, macs_per_image, opens_of
 from gatefit.gating.gates import gates_of
 from gatefit.gating.initialise import Tick, start_from_data
 from gatefit.gating.penalty import salience_penalty
-from gatefit.gating.reconstruct import images_that_fit, refit
+from gatefit.gating.reconstruct import images_that_fit, reconstruct
 from gatefit.gating.threshold import GAIN, lower, price_threshold, smallest_share, threshold_for
 from gatefit.inputs.data import ImageSet, Source, as_images, normalise
 from gatefit.inputs.loader import augment, generator, loader
@@ -119,7 +119,7 @@ def check_settings(gated: fx.GraphModule, images: ImageSet, settings: FinetunePa
     if settings.target is not None:
         if start != "data":
             raise RecipeError("a target needs gates.start = 'data'; with 'identity' use l1")
-        least = smallest_share(costs_of(gated, gated.meta["input"].shape), settings.keep)
+        least = smallest_share(costs_of(gated, gated.meta["input"].shape), settings.min_open)
         if settings.target < least:
             raise RecipeError(
                 f"target {settings.target} cannot be reached: {least:.3f} of the MACs are out of the gates' reach"
@@ -174,7 +174,7 @@ class GateClosing:
         self.ramp = settings.ramp or 0.0
         # Gates that learn keep what they have learnt, and a salience between 0 and 1 what reads it is used to.
         hard = all(gate.form == "step" for gate in gates_of(gated).values())
-        self.renewals = settings.renew if start == "data" and hard and not settings.gate_lr else 0
+        self.reinits = settings.gate_reinits if start == "data" and hard and not settings.gate_lr else 0
         self.costs = costs_of(gated, gated.meta["input"].shape)
 
     def begin(self) -> None:
@@ -187,8 +187,12 @@ class GateClosing:
             return
         self.gated.eval()
         self._meet(price_threshold(s.l1 or 0.0, self.factor))
-        if s.refit:
-            refit(self.gated, self._some(min(s.refit, images_that_fit(self.gated))), self._ticking("refit"))
+        if s.reconstruction_images:
+            reconstruct(
+                self.gated,
+                self._some(min(s.reconstruction_images, images_that_fit(self.gated))),
+                self._ticking("refit"),
+            )
             self._meet()
 
     def _ticking(self, stage: str) -> Tick:
@@ -210,15 +214,15 @@ class GateClosing:
         if s.target is not None:
             wanted = 1 - (1 - s.target) * now
             gain = 1.0 if step == 0 and self.ramp else GAIN
-            lower(self.gated, gain * average(threshold_for(self.gated, self.costs, wanted, s.keep)), s.keep)
+            lower(self.gated, gain * average(threshold_for(self.gated, self.costs, wanted, s.min_open)), s.min_open)
         elif self.start == "data" and s.l1:
             done = price_threshold(s.l1 * before**2, self.factor) if step or not self.ramp else 0.0
-            lower(self.gated, price_threshold(s.l1 * now**2, self.factor) - done, s.keep)
-        renewals = [round(RENEWING * steps * i / self.renewals) for i in range(1, self.renewals + 1)]
-        if step + 1 in renewals:
-            self._renew(self.seed + 1 + renewals.index(step + 1), now)
+            lower(self.gated, price_threshold(s.l1 * now**2, self.factor) - done, s.min_open)
+        reinits = [round(RENEWING * steps * i / self.reinits) for i in range(1, self.reinits + 1)]
+        if step + 1 in reinits:
+            self._reinitialise(self.seed + 1 + reinits.index(step + 1), now)
 
-    def _renew(self, seed: int, ramped: float) -> None:
+    def _reinitialise(self, seed: int, ramped: float) -> None:
         """Set the gates' weights anew, from what their units do for the network as it is by now."""
         s = self.settings
         self.factor = start_from_data(self.gated, self.images, seed=seed, tick=self._ticking("renew"))
@@ -230,9 +234,9 @@ class GateClosing:
         """BN statistics with the final hard gates, and the threshold that meets the target with them."""
         s = self.settings
         self._meet()
-        if s.recalibrate and s.epochs:
+        if s.bn_recalibration_images and s.epochs:
             # As they were trained: statistics of whole images cost a network that learnt from crops points.
-            recalibrate(self.gated, self._some(s.recalibrate, s.augment))
+            recalibrate(self.gated, self._some(s.bn_recalibration_images, s.augment))
             self._meet()
         self.gated.eval()
 
@@ -246,14 +250,14 @@ class GateClosing:
         if s.target is None:
             for batch in self._some(SETTLING_BATCH):
                 self.gated(batch)
-                lower(self.gated, shift, s.keep)
+                lower(self.gated, shift, s.min_open)
             return
         for _ in range(MEETING_ROUNDS):
             shifts = []
             for batch in self._some(MEETING_IMAGES):
                 self.gated(batch)
-                shifts.append(threshold_for(self.gated, self.costs, 1 - (1 - s.target) * ramped, s.keep))
-            lower(self.gated, sum(shifts) / len(shifts), s.keep)
+                shifts.append(threshold_for(self.gated, self.costs, 1 - (1 - s.target) * ramped, s.min_open))
+            lower(self.gated, sum(shifts) / len(shifts), s.min_open)
 
     def _some(self, count: int, augmented: bool = False) -> Iterator[Tensor]:
         """Batches of `count` training images, the same each time."""

@@ -50,7 +50,7 @@ class Objective(nn.Module):
             if self.weight > 0:
                 loss = loss + self.weight * distillation(logits.float(), wanted.float(), self.settings.temperature)
             if wanted_outputs:
-                loss = loss + self.settings.features * feature_distance(outputs, wanted_outputs)
+                loss = loss + self.settings.feature_weight * feature_distance(outputs, wanted_outputs)
         return loss, logits
 
 

@@ -113,13 +113,13 @@ class Trainer:
         AcceleratorState._reset_state()  # the precision of an earlier training in this process is over
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = Accelerator(
-            mixed_precision=settings.precision,
+            mixed_precision=settings.mixed_precision,
             kwargs_handlers=[unused],
             dynamo_backend="inductor" if settings.compile else None,
         )
         self.device = self.accelerator.device
         network.to(self.device)
-        distilled = None if teacher is None else Teacher(teacher, network, settings.features > 0)
+        distilled = None if teacher is None else Teacher(teacher, network, settings.feature_weight > 0)
         self.objective = Objective(network, distilled, settings, images.labels is not None).to(self.device)
         self.state = _State()
         check_batches(settings, images)

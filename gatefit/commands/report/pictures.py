@@ -88,9 +88,9 @@ def _published(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
     ordered = sorted(points.items(), key=lambda point: point[1])
     label = "published (Table I of the paper)"
     axes.plot([x for _, (x, _) in ordered], [y for _, (_, y) in ordered], "x", color=GREY, ms=7, label=label)
-    for i, (name, place) in enumerate(ordered):  # above and below in turn: neighbours stand close
+    for i, (name, position) in enumerate(ordered):  # above and below in turn: neighbours stand close
         offset = (0, -13 if i % 2 else 8)
-        axes.annotate(name, place, offset, textcoords="offset points", ha="center", fontsize=7, color=GREY)
+        axes.annotate(name, position, offset, textcoords="offset points", ha="center", fontsize=7, color=GREY)
 
 
 def histogram(evaluation: Evaluation) -> Figure:
@@ -210,12 +210,12 @@ def training(history: list[dict[str, Any]]) -> Figure:
 def time(rows: list[dict[str, Any]]) -> Figure:
     """Share of the MACs beside share of the time, for each engine and batch size."""
     figure, axes = _figure(8, 1.2 + 0.5 * len(rows))
-    places = range(len(rows))
-    axes.barh([p - 0.2 for p in places], [r["macs_share"] for r in rows], 0.38, color=BLUE, label="share of MACs")
-    axes.barh([p + 0.2 for p in places], [r["time_share"] for r in rows], 0.38, color=ORANGE, label="share of time")
+    positions = range(len(rows))
+    axes.barh([p - 0.2 for p in positions], [r["macs_share"] for r in rows], 0.38, color=BLUE, label="share of MACs")
+    axes.barh([p + 0.2 for p in positions], [r["time_share"] for r in rows], 0.38, color=ORANGE, label="share of time")
     axes.axvline(1, color="black", ls="--", lw=1)
     names = [f"{r['engine']}, batch {r['batch']}, threads {r['threads']}" for r in rows]
-    axes.set_yticks(list(places), names, fontsize=8)
+    axes.set_yticks(list(positions), names, fontsize=8)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("of the original in its fastest form")

@@ -99,10 +99,10 @@ def bench(
         more = peak_of(lambda: engines[key](batches[0]))  # noqa: B023
         peaks[key] = None if held is None or more is None else held + more
     timings = []
-    for (name, dynamic), taken in times(engines, batches, rounds).items():
+    for (name, dynamic), times_ms in times(engines, batches, rounds).items():
         wanted, run = (gated if dynamic else original), engines[name, dynamic]
         difference = max(float((run(b) - wanted(b)).abs().max()) for b in batches[:COMPARED])
-        ordered = sorted(taken)
+        ordered = sorted(times_ms)
         p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
         median = statistics.median(ordered)
         peak = peaks[name, dynamic]

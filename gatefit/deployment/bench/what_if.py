@@ -79,8 +79,8 @@ def _direction(pooled: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
 def _between(values: Tensor, share: float) -> Tensor:
     """A threshold above about `share` of the values, in the middle between two: rounding moves none across."""
     ordered = values.sort().values
-    place = min(max(1, round(share * len(values))), len(values) - 1)
-    return ordered[place - 1 : place + 1].mean()
+    region = min(max(1, round(share * len(values))), len(values) - 1)
+    return ordered[region - 1 : region + 1].mean()
 
 
 def _set_channels(

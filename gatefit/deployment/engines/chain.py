@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.dynamic import Saliences
-from gatefit.deployment.engines.gathered import OPEN, GatheredConv, gathered_way, need_kernels
+from gatefit.deployment.engines.gathered import OPEN, GatheredConv, gathered_variant, need_kernels
 from gatefit.deployment.kernels.native import NUMBER, POINTER, REAL, Kernels, threads
 from gatefit.deployment.plan import BlockPlan, never_closes
-from gatefit.deployment.region import SHORTCUT, Place
+from gatefit.deployment.region import SHORTCUT, Region
 from gatefit.errors import DeployError
 from gatefit.gating.gates import Gate
 from gatefit.graph.activations import activation_of
-from gatefit.graph.ops import add_fill
+from gatefit.graph.ops import add_compensation
 from gatefit.graph.trace import module_of
 
 LANES = 16
@@ -29,7 +29,7 @@ Shape = tuple[int, int, int]
 """(C, H, W)"""
 
 
-class _Step(ctypes.Structure):
+class StepStruct(ctypes.Structure):
     """`Step` of gathered.cpp."""
 
     _fields_ = (
@@ -44,29 +44,29 @@ class _Block(ctypes.Structure):
     """`Block` of gathered.cpp."""
 
     _fields_ = (
-        *((name, POINTER) for name in ("gate_weight", "gate_bias", "fill", "lowered")),
+        *((name, POINTER) for name in ("gate_weight", "gate_bias", "compensation", "threshold")),
         *((name, NUMBER) for name in ("features", "has_block", "units", "steps", "adds")),
-        *((name, ctypes.POINTER(_Step)) for name in ("step", "aside")),
+        *((name, ctypes.POINTER(StepStruct)) for name in ("step", "aside")),
         *((name, REAL) for name in ("lowest", "highest")),
     )
 
 
 @dataclass
-class Link:
+class Step:
     """A convolution in a chain, and what is done with its result."""
 
     conv: GatheredConv
     open_rows: bool
     open_columns: bool
     bounds: tuple[float, float]
-    filled: bool = False
+    compensated: bool = False
 
-    def told(self, run: Kernels, shape: Shape) -> tuple[_Step, Tensor | None, Shape]:
+    def to_structs(self, run: Kernels, shape: Shape) -> tuple[StepStruct, Tensor | None, Shape]:
         """The step in the kernels' words for inputs of a shape, what it points to, and its result's shape."""
         conv = self.conv
         weight, bias = conv.weight, conv.bias
         narrow = self._narrow() if run.narrow(shape[2]) else None
-        step = _Step(
+        step = StepStruct(
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
             None if narrow is None else narrow.data_ptr(),
@@ -74,7 +74,7 @@ class Link:
             conv.stride,
             conv.padding,
             DEPTHWISE if conv.depthwise else CONVOLUTION,
-            *(int(b) for b in (self.open_rows, self.open_columns, self.filled)),
+            *(int(b) for b in (self.open_rows, self.open_columns, self.compensated)),
             *self.bounds,
         )
         return step, narrow, _behind(step, shape)
@@ -97,14 +97,14 @@ class Pooling:
     stride: int
     padding: int
 
-    def told(self, run: Kernels, shape: Shape) -> tuple[_Step, None, Shape]:
-        """As `Link.told`."""
+    def to_structs(self, run: Kernels, shape: Shape) -> tuple[StepStruct, None, Shape]:
+        """As `Step.to_structs`."""
         sizes = (*shape[:1] * 2, self.kernel, self.stride, self.padding)
-        step = _Step(None, None, None, *sizes, MAX_POOLING, 0, 0, 0, -math.inf, math.inf)
+        step = StepStruct(None, None, None, *sizes, MAX_POOLING, 0, 0, 0, -math.inf, math.inf)
         return step, None, _behind(step, shape)
 
 
-def _behind(step: _Step, shape: Shape) -> Shape:
+def _behind(step: StepStruct, shape: Shape) -> Shape:
     if shape[0] != step.columns * (step.rows if step.kind == DEPTHWISE else 1):
         raise DeployError(f"a layer for {step.columns} channels is given {shape[0]}; check the images' shape")
     height, width = ((s + 2 * step.padding - step.kernel) // step.stride + 1 for s in shape[1:])
@@ -120,15 +120,15 @@ Told = tuple[_Block, Any, Shape]
 class PlainBlock(nn.Module):
     """Convolutions that are not gated and max pooling, one behind the other, between blocks that are gated."""
 
-    def __init__(self, links: Iterable[Link | Pooling]) -> None:
+    def __init__(self, links: Iterable[Step | Pooling]) -> None:
         super().__init__()
         self.links = list(links)
-        self.convs = nn.ModuleList(link.conv for link in self.links if isinstance(link, Link))
+        self.convs = nn.ModuleList(link.conv for link in self.links if isinstance(link, Step))
 
     adds = False
     """Whether what it gives is added to its input, or to a shortcut that is given."""
 
-    def told(self, run: Kernels, shape: Shape) -> Told:
+    def to_structs(self, run: Kernels, shape: Shape) -> Told:
         """See `Told`."""
         steps, pointed, result = _steps(self.links, run, shape)
         gates = (None,) * 4
@@ -136,12 +136,12 @@ class PlainBlock(nn.Module):
         return block, pointed, result
 
 
-def _steps(links: Sequence[Link | Pooling], run: Kernels, shape: Shape) -> tuple[Any, Any, Shape]:
+def _steps(links: Sequence[Step | Pooling], run: Kernels, shape: Shape) -> tuple[Any, Any, Shape]:
     """The steps in the kernels' words for inputs of a shape, what they point to, and the last one's shape."""
-    steps = (_Step * len(links))()
+    steps = (StepStruct * len(links))()
     packed = []
     for i, link in enumerate(links):
-        steps[i], narrow, shape = link.told(run, shape)
+        steps[i], narrow, shape = link.to_structs(run, shape)
         packed.append(narrow)
     return steps, (steps, packed), shape
 
@@ -153,52 +153,54 @@ class ChainBlock(nn.Module):
         DeployError: it is no such block.
     """
 
-    def __init__(self, gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> None:
+    def __init__(self, gated: fx.GraphModule, gate: Gate, region: Region, plan: BlockPlan) -> None:
         super().__init__()
         if gate.form != "step":
             raise DeployError("its gates are not steps")
         self.saliences = Saliences(gate, replace(plan, skip=True, codebook=None))
-        way = gathered_way(gated, gate, place)
-        self.links = _chain(way)
+        variant = gathered_variant(gated, gate, region)
+        self.links = _chain(variant)
         self.open = never_closes(gate)
         """Then there is nothing to ask the gates for."""
         if self.open:
-            self.links = [replace(link, open_rows=False, open_columns=False, filled=False) for link in self.links]
+            self.links = [replace(link, open_rows=False, open_columns=False, compensated=False) for link in self.links]
         self.convs = nn.ModuleList(link.conv for link in self.links)
-        self.fill = None if gate.fill is None else way.get_submodule("fill")
-        self.bounds = (0.0 if place.relu is not None else -math.inf, math.inf)
-        self.aside: PlainBlock | None = None
+        self.compensation = None if gate.compensation is None else variant.get_submodule("compensation")
+        self.bounds = (0.0 if region.relu is not None else -math.inf, math.inf)
+        self.projection: PlainBlock | None = None
         """Makes the shortcut of the block's input; None: that is the input itself, or given."""
 
     @property
     def adds(self) -> bool:
         """See `PlainBlock.adds`."""
-        return self.aside is None
+        return self.projection is None
 
-    def told(self, run: Kernels, shape: Shape) -> Told:
+    def to_structs(self, run: Kernels, shape: Shape) -> Told:
         """See `Told`."""
         gate, fc = self.saliences.gate, self.saliences.fc
         steps, pointed, result = _steps(self.links, run, shape)
-        aside = kept = None
-        if self.aside is not None:
-            aside, kept, made = _steps(self.aside.links, run, shape)
+        projection = kept = None
+        if self.projection is not None:
+            projection, kept, made = _steps(self.projection.links, run, shape)
             need_shape(result, made)
-        fill = None if self.fill is None else self.fill.get_parameter("weight").flatten(1).T.contiguous()
+        compensation = (
+            None if self.compensation is None else self.compensation.get_parameter("weight").flatten(1).T.contiguous()
+        )
         block = _Block(
             None if self.open else fc.weight.data_ptr(),
             fc.bias.data_ptr(),
-            None if fill is None else fill.data_ptr(),
-            None if fill is None else gate.lowered.data_ptr(),
+            None if compensation is None else compensation.data_ptr(),
+            None if compensation is None else gate.threshold.data_ptr(),
             fc.in_features,
             int(self.saliences.skip),
             fc.out_features - int(gate.block is not None),
             len(self.links),
             int(self.adds),
             steps,
-            aside,
+            projection,
             *self.bounds,
         )
-        return block, (pointed, kept, fill), result
+        return block, (pointed, kept, compensation), result
 
 
 class ChainBlocks(nn.Module):
@@ -224,15 +226,15 @@ class ChainBlocks(nn.Module):
         run = need_kernels(x)
         if x.dim() != 4:
             raise DeployError(f"images must be a batch (B, C, H, W), not {tuple(x.shape)}")
-        told = self._told  # kept while the kernel reads it, whatever other threads do
-        if told is None or told[1] != x.shape[1:]:
-            told = self._told = self._tell(run, x)
-        if told[2] is not None:
-            need_shape(told[2], () if shortcut is None else tuple(shortcut.shape[1:]))
+        to_structs = self._told  # kept while the kernel reads it, whatever other threads do
+        if to_structs is None or to_structs[1] != x.shape[1:]:
+            to_structs = self._told = self._tell(run, x)
+        if to_structs[2] is not None:
+            need_shape(to_structs[2], () if shortcut is None else tuple(shortcut.shape[1:]))
         x, shortcut = x.contiguous(), None if shortcut is None else shortcut.contiguous()
-        result = x.new_empty(len(x), *told[3])
-        places = (x.data_ptr(), None if shortcut is None else shortcut.data_ptr(), result.data_ptr())
-        run.blocks(told[0], len(self.blocks), *places, len(x), *x.shape[2:], threads())
+        result = x.new_empty(len(x), *to_structs[3])
+        regions = (x.data_ptr(), None if shortcut is None else shortcut.data_ptr(), result.data_ptr())
+        run.blocks(to_structs[0], len(self.blocks), *regions, len(x), *x.shape[2:], threads())
         return result
 
     def _tell(self, run: Kernels, x: Tensor) -> tuple[Any, ...]:
@@ -242,7 +244,7 @@ class ChainBlocks(nn.Module):
         kept, shapes = [], [(x.shape[1], x.shape[2], x.shape[3])]
         for i, block in enumerate(self.blocks):
             assert isinstance(block, ChainBlock | PlainBlock)
-            blocks[i], pointed, shape = block.told(run, shapes[-1])
+            blocks[i], pointed, shape = block.to_structs(run, shapes[-1])
             if i and block.adds:
                 need_shape(shape, shapes[-1])
             kept.append(pointed)
@@ -265,41 +267,44 @@ def need_shape(branch: Shape, shortcut: tuple[int, ...]) -> None:
         raise DeployError(f"a branch that gives {branch} cannot be added to a shortcut of {shortcut}")
 
 
-def _chain(way: fx.GraphModule) -> list[Link]:
+def _chain(variant: fx.GraphModule) -> list[Step]:
     """The convolutions of a gathered way in order, if it is nothing else.
 
     Raises:
         DeployError: it is something else.
     """
-    names = {n.target: n for n in way.graph.nodes if n.op == "placeholder"}
+    names = {n.target: n for n in variant.graph.nodes if n.op == "placeholder"}
     now, opened = names["entry"], names[OPEN]
-    filled = {n for n in way.graph.nodes if n.op == "call_module" and n.target == "fill"}
-    links: list[Link] = []
+    compensated = {n for n in variant.graph.nodes if n.op == "call_module" and n.target == "compensation"}
+    links: list[Step] = []
     added = False
-    for node in way.graph.nodes:
-        module = module_of(way, node)
-        if node.op == "placeholder" or node in filled:
+    for node in variant.graph.nodes:
+        module = module_of(variant, node)
+        if node.op == "placeholder" or node in compensated:
             continue
         if node.op == "output" and node.args[0] is now and added and not links[-1].conv.depthwise:
             return links
-        if added and activation_of(way, node) != "relu":
+        if added and activation_of(variant, node) != "relu":
             break
         others = [n for n in node.all_input_nodes if n is not now and n is not opened]
         if isinstance(module, GatheredConv) and node.args[0] is now and isinstance(module.after, nn.Identity):
             roles = (node.kwargs.get("rows") is opened, node.kwargs.get("columns") is opened)
-            links.append(Link(module, *roles, module.bounds))
+            links.append(Step(module, *roles, module.bounds))
             added = others == [names[SHORTCUT]]
             if others and not added:
                 break
-        elif links and node.target is add_fill and set(others) <= filled:
-            links[-1].filled = True
+        elif links and node.target is add_compensation and set(others) <= compensated:
+            links[-1].compensated = True
         elif links and node.target in (torch.add, operator.add) and others == [names[SHORTCUT]]:
             added = True
-        elif links and activation_of(way, node) == "relu" and not others:
+        elif links and activation_of(variant, node) == "relu" and not others:
             links[-1].bounds = (0.0, math.inf)
         else:
             break
-        if any(link.bounds != (-math.inf, math.inf) for link in links[-1:]) and node.target in (add_fill, torch.add):
+        if any(link.bounds != (-math.inf, math.inf) for link in links[-1:]) and node.target in (
+            add_compensation,
+            torch.add,
+        ):
             break  # cut at the bounds before it
         now = node
     raise DeployError("its branch is no chain of convolutions")

@@ -15,7 +15,7 @@ from gatefit.deployment.dynamic import Saliences, reads_saliences
 from gatefit.deployment.engines.prepack import replace_convs
 from gatefit.deployment.kernels.native import Kernels, kernels, threads
 from gatefit.deployment.plan import BlockPlan
-from gatefit.deployment.region import Place, cut
+from gatefit.deployment.region import Region, extract
 from gatefit.errors import DeployError
 from gatefit.gating.gates import Gate
 from gatefit.graph.activations import PLAIN
@@ -65,14 +65,14 @@ class GatheredConv(nn.Module):
         sizes = (size, self.stride, self.padding)
         if self.depthwise:
             bounds = self.bounds if added is None else _BOUNDS["none"]
-            places = _pointers(x, self.weight, self.bias, rows, result)
-            run.depthwise(*places, *x.shape, *sizes, *bounds, threads())
+            regions = _pointers(x, self.weight, self.bias, rows, result)
+            run.depthwise(*regions, *x.shape, *sizes, *bounds, threads())
             result = result if added is None else (result + added).clamp(*self.bounds)
         else:
             added = None if added is None else added.contiguous()
-            places = _pointers(x, self.weight, self.bias, rows, columns, added, result)
+            regions = _pointers(x, self.weight, self.bias, rows, columns, added, result)
             counts = (len(rows), self.weight.shape[1])
-            run.conv(*places, *x.shape, *counts, *sizes, *self.bounds, threads())
+            run.conv(*regions, *x.shape, *counts, *sizes, *self.bounds, threads())
         done: Tensor = self.after(result)
         return done
 
@@ -128,12 +128,12 @@ class GatheredBlock(nn.Module):
         DeployError: its branch holds what cannot be run by parts.
     """
 
-    def __init__(self, gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> None:
+    def __init__(self, gated: fx.GraphModule, gate: Gate, region: Region, plan: BlockPlan) -> None:
         super().__init__()
         self.saliences = Saliences(gate, replace(plan, skip=True, codebook=None))
-        self.way = gathered_way(gated, gate, place)
-        self.bare = not reads_saliences(self.way)
-        self.after = nn.ReLU() if place.relu is not None else nn.Identity()
+        self.variant = gathered_variant(gated, gate, region)
+        self.bare = not reads_saliences(self.variant)
+        self.after = nn.ReLU() if region.relu is not None else nn.Identity()
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """Add the branch of x, (B, C, H, W), to the shortcut, and apply what comes right behind."""
@@ -149,16 +149,16 @@ class GatheredBlock(nn.Module):
                 continue
             units = opened[i, 1:] if self.saliences.gate.block is not None else opened[i]
             parts = [None if t is None else t[one] for t in given]
-            results.append(self.way(x[one], shortcut[one], *parts, units.nonzero()[:, 0]))
+            results.append(self.variant(x[one], shortcut[one], *parts, units.nonzero()[:, 0]))
         return results[0] if len(results) == 1 else torch.cat(results)
 
 
-def gathered_way(gated: fx.GraphModule, gate: Gate, place: Place) -> fx.GraphModule:
+def gathered_variant(gated: fx.GraphModule, gate: Gate, region: Region) -> fx.GraphModule:
     """The block with all its units, of which it runs those it is told."""
     hard = gate.form == "step"
-    way = fold_in_place(cut(gated, gate, place, None, not hard, not hard))
-    with_gathered_convs(way)
-    graph = way.graph
+    variant = fold_in_place(extract(gated, gate, region, None, not hard, not hard))
+    with_gathered_convs(variant)
+    graph = variant.graph
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         opened = graph.placeholder(OPEN)
         channel = next(n for n in graph.nodes if n.target == "channel")
@@ -166,12 +166,12 @@ def gathered_way(gated: fx.GraphModule, gate: Gate, place: Place) -> fx.GraphMod
             chosen = graph.call_function(torch.index_select, (channel, 1, opened))
             channel.replace_all_uses_with(chosen, delete_user_cb=lambda user: user is not chosen)
     roles: dict[str, dict[str, Any]] = {}
-    units = gate.of.gated if gate.channel is not None else None
+    units = gate.of.channel_units if gate.channel is not None else None
     if units is not None and (units.opaque or units.factors):
         raise DeployError("its channels meet others on their way")
     for piece in units.slices if units is not None else ():
         path = piece.tensor.rpartition(".")[0]
-        module = dict(way.named_modules()).get(path)
+        module = dict(variant.named_modules()).get(path)
         if module is None:  # a batch norm, folded
             continue
         if not isinstance(module, GatheredConv) or piece.per_unit != 1:
@@ -181,5 +181,5 @@ def gathered_way(gated: fx.GraphModule, gate: Gate, place: Place) -> fx.GraphMod
         if node.op == "call_module" and node.target in roles:
             node.kwargs = roles[str(node.target)]
     graph.lint()
-    way.recompile()
-    return way
+    variant.recompile()
+    return variant

@@ -2,7 +2,7 @@
 
 from torch import fx, nn
 
-from gatefit.deployment.engines.chain import ChainBlock, ChainBlocks, Link, PlainBlock, Pooling
+from gatefit.deployment.engines.chain import ChainBlock, ChainBlocks, PlainBlock, Pooling, Step
 from gatefit.deployment.engines.gathered import ChannelsLastPool, GatheredConv, with_gathered_convs
 from gatefit.graph.trace import module_of
 
@@ -25,11 +25,11 @@ def join_chains(network: fx.GraphModule) -> fx.GraphModule:
         before, *shortcuts = node.args
         former = module_of(network, before)
         if shortcuts and shortcuts != [before]:
-            aside = _aside(network, node)
-            if aside is None:
+            projection = _projection(network, node)
+            if projection is None:
                 continue
             assert isinstance(block.first, ChainBlock)
-            block.first.aside = aside
+            block.first.projection = projection
             block = ChainBlocks(block.blocks)  # the former one may have told the kernels of itself
             network.set_submodule(str(node.target), block)
             node.args, made = (before,), shortcuts[0]
@@ -43,10 +43,10 @@ def join_chains(network: fx.GraphModule) -> fx.GraphModule:
     return network
 
 
-def _plain(module: nn.Module | None) -> Link | Pooling | None:
+def _plain(module: nn.Module | None) -> Step | Pooling | None:
     """A convolution, or pooling, as part of a chain; None for what the kernels do not know."""
     if isinstance(module, GatheredConv):
-        return Link(module, False, False, module.bounds) if isinstance(module.after, nn.Identity) else None
+        return Step(module, False, False, module.bounds) if isinstance(module.after, nn.Identity) else None
     if type(module) not in (nn.MaxPool2d, ChannelsLastPool) or module.ceil_mode or module.return_indices:  # type: ignore[union-attr]
         return None
     assert isinstance(module, nn.MaxPool2d)
@@ -62,7 +62,7 @@ def _joined(former: ChainBlocks, latter: ChainBlocks) -> ChainBlocks:
     return ChainBlocks((*former.blocks, *latter.blocks))
 
 
-def _aside(network: fx.GraphModule, node: fx.Node) -> PlainBlock | None:
+def _projection(network: fx.GraphModule, node: fx.Node) -> PlainBlock | None:
     """What makes the shortcut of a chain's first block of that block's input, and of nothing else."""
     before, made = node.args
     shortcut = module_of(network, made) if isinstance(made, fx.Node) else None

@@ -7,25 +7,25 @@ from torch import Tensor, fx, nn
 from gatefit.deployment.dynamic import DynamicBlock, assemble
 from gatefit.deployment.engines.chain import ChainBlock, ChainBlocks
 from gatefit.deployment.engines.gathered import GatheredBlock
-from gatefit.deployment.engines.segments import with_fast_stretches
+from gatefit.deployment.engines.segments import with_fast_segments
 from gatefit.deployment.plan import BlockPlan
-from gatefit.deployment.region import Place
+from gatefit.deployment.region import Region
 from gatefit.errors import DeployError
 from gatefit.gating.gates import Gate
 
 
 def gathered_network(
     gated: fx.GraphModule,
-    plans: dict[str, tuple[BlockPlan, Place | None]],
+    plans: dict[str, tuple[BlockPlan, Region | None]],
     batches: Sequence[Tensor],
     engines: Sequence[str] | None = None,
 ) -> fx.GraphModule:
     """Blocks as `ChainBlocks` if they can be, else as a `GatheredBlock` each, else as `plans` says.
 
-    What lies between them runs as `gatefit.deployment.engines.segments.with_fast_stretches` says; the engines that
+    What lies between them runs as `gatefit.deployment.engines.segments.with_fast_segments` says; the engines that
     it chose stand in `.meta["engines"]`.
     """
-    network, chosen = with_fast_stretches(assemble(gated, plans, _block), batches, engines)
+    network, chosen = with_fast_segments(assemble(gated, plans, _block), batches, engines)
     network.meta["engines"] = chosen
     return network
 
@@ -36,14 +36,14 @@ def gathered_blocks(network: nn.Module) -> dict[str, bool]:
     return {s.gate.of.name: s.skip for s in saliences}
 
 
-def _block(gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> nn.Module:
+def _block(gated: fx.GraphModule, gate: Gate, region: Region, plan: BlockPlan) -> nn.Module:
     for kind in (_chained, GatheredBlock):
         try:
-            return kind(gated, gate, place, plan)
+            return kind(gated, gate, region, plan)
         except DeployError:
             continue
-    return DynamicBlock(gated, gate, place, plan)
+    return DynamicBlock(gated, gate, region, plan)
 
 
-def _chained(gated: fx.GraphModule, gate: Gate, place: Place, plan: BlockPlan) -> ChainBlocks:
-    return ChainBlocks([ChainBlock(gated, gate, place, plan)])
+def _chained(gated: fx.GraphModule, gate: Gate, region: Region, plan: BlockPlan) -> ChainBlocks:
+    return ChainBlocks([ChainBlock(gated, gate, region, plan)])

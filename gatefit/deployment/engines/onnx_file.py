@@ -18,7 +18,7 @@ from gatefit.errors import DeployError
 from gatefit.graph.trace import module_of
 
 INPUT, OUTPUT = "image", "logits"
-_KINDS = ("runs", "fits", "whole", "channel", "left")
+_KINDS = ("runs", "fits", "whole", "channel", "closed_predictions")
 
 
 @torch.no_grad()
@@ -116,11 +116,11 @@ class _Choice:
         passed = {k: v for k, v in given.items() if k in _KINDS[2:] and v is not None}
         self.name = name
         self.runs = f"{name}/runs" if given["runs"] is not None else ""
-        count = len(block.ways)
+        count = len(block.variants)
         self.fits = [f"{name}/fits{i}" for i in range(count - 1)]
         outputs = [self.runs] if self.runs else []
         self.gates = _Part(_Gates(block), [x], [sources[0]], [*outputs, *(f"{name}/{k}" for k in passed), *self.fits])
-        self.ways = [
+        self.variants = [
             _Part(
                 _Way(block, i, list(passed)),
                 [x, shortcut, *passed.values()],
@@ -132,17 +132,17 @@ class _Choice:
         self.skipped = _Part(_Skipped(block), [shortcut], [sources[1]], [f"{name}/skipped"])
 
     def parts(self) -> list[_Part]:
-        return [self.gates, *self.ways, *([self.skipped] if self.runs else [])]
+        return [self.gates, *self.variants, *([self.skipped] if self.runs else [])]
 
     def assembled(self) -> _Piece:
         piece = _Piece(list(self.gates.piece.nodes), list(self.gates.piece.constants))
-        conditions = list(zip(self.fits, self.ways, strict=False))
+        conditions = list(zip(self.fits, self.variants, strict=False))
         if not conditions and not self.runs:
-            piece += self.ways[0].piece
+            piece += self.variants[0].piece
             return piece
-        graph = self.ways[-1].graph()
-        for fits, way in reversed(conditions):
-            graph = self._if(fits, way.graph(), graph)
+        graph = self.variants[-1].graph()
+        for fits, variant in reversed(conditions):
+            graph = self._if(fits, variant.graph(), graph)
         if self.runs:
             graph = self._if(self.runs, graph, self.skipped.graph())
         node = graph.node[0]
@@ -152,7 +152,7 @@ class _Choice:
 
     def result(self, name: str) -> ValueInfoProto:
         """What the block gives, under a name."""
-        info = self.ways[0].info(self.ways[0].outputs[0])
+        info = self.variants[0].info(self.variants[0].outputs[0])
         info.name = name
         return info
 
@@ -176,11 +176,11 @@ class _Gates(nn.Module):
 class _Way(nn.Module):
     def __init__(self, block: DynamicBlock, index: int, passed: list[str]) -> None:
         super().__init__()
-        self.way, self.passed = block.ways[index], passed
+        self.variant, self.passed = block.variants[index], passed
 
     def forward(self, x: Tensor, shortcut: Tensor, *passed: Tensor) -> tuple[Tensor]:
         given = dict(zip(self.passed, passed, strict=True))
-        return (self.way(x, shortcut, *(given.get(k) for k in _KINDS[2:])),)
+        return (self.variant(x, shortcut, *(given.get(k) for k in _KINDS[2:])),)
 
 
 class _Skipped(nn.Module):

@@ -24,22 +24,22 @@ from gatefit.graph.tracer import WEIGHTED
 TORCH, ONNX = "torch", "onnxruntime"
 
 
-class TorchStretch(nn.Module):
+class TorchSegment(nn.Module):
     """A stretch in PyTorch; what gatefit's own kernels leave of it runs on one thread."""
 
-    def __init__(self, stretch: fx.GraphModule) -> None:
+    def __init__(self, segment: fx.GraphModule) -> None:
         super().__init__()
-        self.stretch = stretch
-        self.heavy = any(isinstance(m, _ConvNd) for m in stretch.modules())
+        self.segment = segment
+        self.heavy = any(isinstance(m, _ConvNd) for m in segment.modules())
         """Whether PyTorch has convolutions left to run: all threads for these."""
 
     def forward(self, *inputs: Tensor) -> Any:
         """As the stretch."""
         with nullcontext() if self.heavy else torch_alone():
-            return self.stretch(*inputs)
+            return self.segment(*inputs)
 
 
-class OnnxStretch(nn.Module):
+class OnnxSegment(nn.Module):
     """A stretch in ONNX Runtime, for batches of images of one size; others are run as given.
 
     Args:
@@ -50,16 +50,16 @@ class OnnxStretch(nn.Module):
         DeployError: it cannot be exported.
     """
 
-    def __init__(self, stretch: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, segment: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()
         if not all(isinstance(t, Tensor) and t.dtype == torch.float32 for t in inputs):
             raise DeployError("a stretch takes something else than float32 tensors")
-        self.stretch = stretch
+        self.segment = segment
         self.shapes = [t.shape[1:] for t in inputs]
         batch = torch.export.Dim("batch", min=1)
         try:
             program = torch.onnx.export(
-                _Bare(stretch).eval(),
+                _Bare(segment).eval(),
                 inputs,
                 dynamo=True,
                 verbose=False,
@@ -73,7 +73,7 @@ class OnnxStretch(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         """As the stretch."""
         if [t.shape[1:] for t in inputs] != self.shapes:
-            return self.stretch(*inputs)
+            return self.segment(*inputs)
         results = self.session.all(*inputs)
         return results if len(results) > 1 else results[0]
 
@@ -81,16 +81,16 @@ class OnnxStretch(nn.Module):
 class _Bare(nn.Module):
     """Takes any number of tensors: what is exported needs no names."""
 
-    def __init__(self, stretch: nn.Module) -> None:
+    def __init__(self, segment: nn.Module) -> None:
         super().__init__()
-        self.stretch = stretch
+        self.segment = segment
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.stretch(*inputs)
+        return self.segment(*inputs)
 
 
 @torch.no_grad()
-def with_fast_stretches(
+def with_fast_segments(
     deployed: fx.GraphModule, batches: Sequence[Tensor], engines: Sequence[str] | None = None
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """Run each stretch by gatefit's own kernels, in one call with the blocks around it; or by ONNX Runtime if faster.
@@ -116,12 +116,12 @@ def with_fast_stretches(
             chosen.append(TORCH)
             continue
         need_onnx()
-        stretch = split.get_submodule(name)
-        assert isinstance(stretch, fx.GraphModule)
+        segment = split.get_submodule(name)
+        assert isinstance(segment, fx.GraphModule)
         forms: dict[str, nn.Module] = {}
         if engine != ONNX:
-            forms[TORCH] = TorchStretch(join_chains(copy.deepcopy(stretch)))
-        forms |= _in_onnx(stretch, pairs[name][0])
+            forms[TORCH] = TorchSegment(join_chains(copy.deepcopy(segment)))
+        forms |= _in_onnx(segment, pairs[name][0])
         times = milliseconds(list(forms.values()), given) if len(forms) > 1 else [0.0]
         chosen.append(min(zip(times, forms, strict=True))[1])
         if chosen[-1] == ONNX:
@@ -129,19 +129,19 @@ def with_fast_stretches(
     joined = _split(join_chains(_inlined(split)))
     for name, part in joined.named_children():
         if isinstance(part, fx.GraphModule) and not any(isinstance(m, _RUNS) for m in part.modules()):
-            joined.set_submodule(name, TorchStretch(part))
+            joined.set_submodule(name, TorchSegment(part))
     return joined, tuple(chosen)
 
 
-def _in_onnx(stretch: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, nn.Module]:
+def _in_onnx(segment: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, nn.Module]:
     """By its engine's name; empty where it cannot be exported."""
     try:
-        return {ONNX: OnnxStretch(stretch, inputs)}
+        return {ONNX: OnnxSegment(segment, inputs)}
     except DeployError:
         return {}
 
 
-_RUNS = (ChainBlocks, GatheredBlock, DynamicBlock, OnnxStretch)
+_RUNS = (ChainBlocks, GatheredBlock, DynamicBlock, OnnxSegment)
 """What runs by itself; a stretch is all that lies between two of these."""
 
 

@@ -62,8 +62,8 @@ def kernels() -> Kernels | None:
 
 
 def _build(compiler: str, file: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=file.parent) as place:
-        built = Path(place) / "gathered.so"
+    with tempfile.TemporaryDirectory(dir=file.parent) as region:
+        built = Path(region) / "gathered.so"
         subprocess.run([compiler, *FLAGS, str(SOURCES[0]), "-o", str(built)], check=True, capture_output=True)
         built.replace(file)
 
