@@ -14,12 +14,12 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gatefit
+from gatefit.commands import deploy as deployment_folder
 from gatefit.commands.deploy import load_deployed, write_deployment
 from gatefit.deployment.bench.baselines import BF16, dense_engines
 from gatefit.deployment.bench.memory import held_by, peak_of
 from gatefit.deployment.bench.what_if import keep_open, set_share
 from gatefit.deployment.codebook import assign, choose_codebook, expected_units, most_frequent
-from gatefit.deployment.deploy import folder as deployment_folder
 from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.engines.chain import ChainBlock, ChainBlocks, PlainBlock, Pooling
 from gatefit.deployment.engines.gathered import GatheredBlock, GatheredConv
