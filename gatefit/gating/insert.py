@@ -2,21 +2,19 @@
 
 import operator
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError, RecipeError
 from gatefit.gating.gates import PREFIX, Gate, GateForm
+from gatefit.gating.info import GatedInfo, GateKinds, set_info
 from gatefit.gating.verify import verify
 from gatefit.graph.blocks import FoundBlocks, ResidualBlock, match_blocks
 from gatefit.graph.channels import with_channel_units
 from gatefit.graph.ops import add_compensation, harden, scale
 from gatefit.graph.trace import trace
 from gatefit.inputs.models import input_spec, recognise
-
-GateKinds = Literal["lc", "l", "c"]
 
 
 def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
@@ -47,7 +45,7 @@ def retrofit(
 
     The copy computes the same function until the gates are trained. It keeps the original state-dict keys;
     what is new stands under `gatefit.`. `model` stays as it is. The conversion is checked before it is returned
-    (see `gatefit.gating.verify`); what was checked stands in `.meta["verification"]`.
+    (see `gatefit.gating.verify`); what was checked stands in `gatefit.gating.info.info_of(gated).verification`.
 
     Args:
         model: the trained network; weights, mode and hooks are left untouched.
@@ -65,8 +63,7 @@ def retrofit(
     """
     example = default_example(model) if example is None else example
     gated = rewrite(model, example, gates, form, compensation)
-    gated.meta["reference"] = recognise(model)
-    gated.meta["verification"] = verify(model, gated, _random_like(model, example))
+    set_info(gated, reference=recognise(model), verification=verify(model, gated, _random_like(model, example)))
     return gated
 
 
@@ -89,9 +86,8 @@ def rewrite(
         _insert_scales(traced.graph, nodes, block, *parts)
     traced.graph.lint()
     traced.recompile()
-    traced.meta["gates"] = gates
-    traced.meta["compensation"] = compensation
-    traced.meta["input"] = replace(input_spec(model), shape=_image_shape(example))
+    spec = replace(input_spec(model), shape=_image_shape(example))
+    set_info(traced, GatedInfo(gates, form, compensation, spec))
     return traced
 
 
