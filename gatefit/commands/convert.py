@@ -15,6 +15,7 @@ from gatefit.errors import CheckpointError, DataError, RecipeError, TrainingErro
 from gatefit.files import read_json, remove_tree, write_atomically, write_json, write_tensors
 from gatefit.gating.checkpoint import load, read_config, save
 from gatefit.gating.gates import gates_of
+from gatefit.gating.info import info_of, set_info
 from gatefit.gating.insert import retrofit, rewrite
 from gatefit.inputs.data import Splits, read_data
 from gatefit.inputs.models import (
@@ -93,8 +94,9 @@ def convert(
             _train_baseline(recipe, model, data, spec, out, resume, say, report)
             trained = True
         gated = retrofit(model, example, recipe.gates.kinds, recipe.gates.form, recipe.gates.compensation)
-        gated.meta["input"], gated.meta["reference"] = spec, reference
-        checked = gated.meta["verification"]
+        set_info(gated, input=spec, reference=reference)
+        checked = info_of(gated).verification
+        assert checked is not None
         say(
             f"converted: {checked.outputs} outputs equal the original's to the bit; {checked.closed_units} closed "
             f"units and {checked.closed_blocks} closed blocks overwritten with noise without changing one"
@@ -243,7 +245,7 @@ def open_folder(folder: Path, data: str = "", skip_corrupt: bool = False) -> Ope
         load_weights(original, folder / ORIGINAL)
     corrupt = "skip" if skip_corrupt else recipe.data.corrupt
     limit = 0 if data else recipe.data.limit
-    splits = read_data(data or recipe.data.name, gated.meta["input"], corrupt, recipe.seed, limit)
+    splits = read_data(data or recipe.data.name, info_of(gated).input, corrupt, recipe.seed, limit)
     trained = recipe.model.pretrained or bool(recipe.model.weights) or recipe.baseline.epochs > 0
     return Opened(config["model"]["name"] if config["model"] else "", gated, original, splits, trained)
 

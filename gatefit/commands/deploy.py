@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.commands.convert import Opened
+from gatefit.decisions import Placement
 from gatefit.deployment.bench.baselines import dense_engines
 from gatefit.deployment.bench.timing import times
 from gatefit.deployment.deploy import Backend, deploy, whole_batches
@@ -22,8 +23,8 @@ from gatefit.deployment.region import Region, region_or_none
 from gatefit.errors import CheckpointError, DeployError
 from gatefit.files import read_json, write_atomically, write_json
 from gatefit.gating.checkpoint import load
-from gatefit.gating.cost import Placement
 from gatefit.gating.gates import gates_of
+from gatefit.gating.info import info_of
 from gatefit.inputs.data import some_images
 
 FILE = "deployment.json"
@@ -128,7 +129,7 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.Grap
         if content["engines"] is None:
             deployed = packed(assemble(gated, plans))
         else:
-            image = torch.zeros(1, *gated.meta["input"].shape)
+            image = torch.zeros(1, *info_of(gated).input.shape)
             deployed = gathered_network(gated, plans, [image], content["engines"])
         deployed.meta["plans"] = tuple(plan for plan, _ in plans.values())
         return deployed
@@ -164,7 +165,7 @@ def deploy_folder(
     if out is not None and backend != "onnx":
         raise DeployError("--out names the ONNX file; it needs --backend onnx")
     images = some_images(
-        opened.data.train, opened.gated.meta["input"], 2 * CALIBRATION if prune_unused else CALIBRATION
+        opened.data.train, info_of(opened.gated).input, 2 * CALIBRATION if prune_unused else CALIBRATION
     )
     images, others = images[:CALIBRATION], images[CALIBRATION:]
     if prune_unused and not len(others):

@@ -14,6 +14,7 @@ from torch import fx, nn
 from gatefit.errors import CheckpointError, GatefitError
 from gatefit.files import read_json, read_tensors, write_json, write_tensors
 from gatefit.gating.gates import gates_of
+from gatefit.gating.info import info_of, set_info
 from gatefit.gating.insert import rewrite
 from gatefit.inputs.models import InputSpec, ModelReference, build
 
@@ -34,15 +35,15 @@ def save(gated: fx.GraphModule, folder: str | Path, extra: dict[str, Any] | None
     folder = Path(folder)
     gates = gates_of(gated)
     first = next(iter(gates.values()))
-    reference = gated.meta.get("reference")
+    reference = info_of(gated).reference
     write_tensors(folder / WEIGHTS, gated.state_dict())
     config = {
         "format": FORMAT,
         "model": asdict(reference) if reference else None,
-        "input": asdict(gated.meta["input"]),
-        "gates": gated.meta["gates"],
+        "input": asdict(info_of(gated).input),
+        "gates": info_of(gated).gates,
         "form": first.form,
-        "compensation": gated.meta["compensation"],
+        "compensation": info_of(gated).compensation,
         "blocks": [{"name": n, "features": g.of.features, "units": g.of.units} for n, g in gates.items()],
         "architecture": _architecture(gated),
         "sha256": _digest(folder / WEIGHTS),
@@ -98,8 +99,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule:
         raise
     except Exception as error:
         raise CheckpointError(f"{folder} does not fit its network: {str(error).splitlines()[0]}") from error
-    gated.meta["input"] = spec
-    gated.meta["reference"] = ModelReference(**config["model"]) if config["model"] else None
+    set_info(gated, input=spec)
+    set_info(gated, reference=ModelReference(**config["model"]) if config["model"] else None)
     return gated.eval()
 
 
