@@ -383,24 +383,26 @@ struct Convolution {
     const bool lone = tiles.lone && tile + 1 == tiles.n_tiles;
     const int64_t at = n_chunk ? ic_at[begin] : 0, span = n_chunk ? ic_at[begin + n_chunk - 1] + 1 - at : 0;
     const float* pixel = lone ? last_pixel(from, ic_at + begin, n_chunk, span) : nullptr;
-    const int64_t begin_oc = first * tiles.oc_per_group, group_room = tiles.vectors_per_tile * LANES;
-    float* last_sums = sums + (last - first) * tiles.oc_per_group * group_room - begin_oc;
+    float* last_sums =
+        sums + (last - first) * tiles.oc_per_group * tiles.vectors_per_tile * LANES - first * tiles.oc_per_group;
     for (int64_t g = first; g < last; ++g) {
       const int64_t first_oc = g * tiles.oc_per_group, n_group = std::min(tiles.oc_per_group, n_out - first_oc);
       const float* weights[MAX_OC];
       for (int64_t i = 0; i < n_group; ++i) weights[i] = weight + oc[first_oc + i] * ic_total * taps;
-      float* group_sums = sums + (first_oc - begin_oc) * group_room;
+      float* group_sums = sums + (first_oc - first * tiles.oc_per_group) * tiles.vectors_per_tile * LANES;
       MULTIPLY.of[n_group][vectors](packs() ? panel : from + start, packs() ? taps * width : layout.plane,
                                     tap_at.data(), taps, weights, ic_at + begin, n_chunk, begin > 0, group_sums);
       for (int64_t i = first_oc; lone && i < first_oc + n_group; ++i)
         last_sums[i] = (begin ? last_sums[i] : 0.f) + dot(weights[i - first_oc] + at, pixel, span);
       if (begin + n_chunk < n_in) continue;
-      for (int64_t i = first_oc; i < first_oc + n_group; ++i) {
-        const int64_t to = i * layout.pixels, end = to + layout.pixels - 1;
-        const float shift = bias ? bias[oc[i]] : 0.f;
-        tiles.result.finish(group_sums + (i - first_oc) * width, start, start + width, shift,
-                            residual ? residual + to : nullptr, out + to, bounds);
-        if (lone) store(out + end, bounds.clamp(last_sums[i] + shift + (residual ? residual[end] : 0.f) + Lanes{}), 1);
+      for (int64_t i = 0; i < n_group; ++i) {
+        const int64_t to = (first_oc + i) * layout.pixels, end = to + layout.pixels - 1;
+        const float shift = bias ? bias[oc[first_oc + i]] : 0.f;
+        tiles.result.finish(group_sums + i * width, start, start + width, shift, residual ? residual + to : nullptr,
+                            out + to, bounds);
+        if (!lone) continue;
+        const Lanes value = last_sums[first_oc + i] + shift + (residual ? residual[end] : 0.f) + Lanes{};
+        store(out + end, bounds.clamp(value), 1);
       }
     }
   }
