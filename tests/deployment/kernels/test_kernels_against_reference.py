@@ -282,3 +282,18 @@ def test_blocks(name):
             operands = map(address, (images, residual, out))
             kernels().blocks(described.blocks, len(blocks), *operands, batch, *shape[1:], threads)
             check(out, memory, expected[:batch])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [(9, 21), (7, 7), (5, 40)])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2)])
+def test_max_pooling(kernel, stride, padding, size, threads):
+    images = floats(np.random.default_rng(0), 2, 3, *size) - 3.0  # below 0, which no border may be
+    images[0, 1, 2, 3] = np.nan
+    described = Described([Block(3, [pooling(3, kernel, stride, padding)])], size[1])
+    out, memory = guarded(result_shape(images, 3, kernel, stride, padding))
+    kernels().blocks(described.blocks, 1, address(images), None, address(out), 2, *size, threads)
+    expected = np.stack([reference.max_pooling(image, kernel, stride, padding) for image in images])
+    assert np.isnan(expected).sum() >= 1
+    np.testing.assert_array_equal(out, expected)
+    assert np.isnan(memory[:GUARD]).all() and np.isnan(memory[-GUARD:]).all()
