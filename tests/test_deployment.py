@@ -462,7 +462,7 @@ def test_gates_that_never_close_are_not_asked():
             gate.channel.bias.data[3] = -1.0
         block = ChainBlock(gated, gate, region_of(gated, gate), block_plan)
         struct, _, _ = block.to_structs(kernels(), (32, 9, 9))
-        assert (struct.gate_weight is None) == share_open and struct.step[0].open_rows == 1 - share_open
+        assert (struct.gate_weight is None) == share_open and struct.steps[0].open_oc == 1 - share_open
         x = torch.randn(2, 32, 9, 9)
         with torch.no_grad():
             assert same(ChainBlocks([block])(x, x), gated(x))
