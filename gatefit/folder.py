@@ -1,7 +1,7 @@
 """Write and read `config.json`, which says what a folder on disk holds: see docs/folder.md for every key."""
 
 import platform
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class Config:
     classes: tuple[str, ...] | None = None
     """Class names in the order of the outputs, where known."""
     figures: Figures | None = None
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    """Of the packages that the network was saved with."""
     format: int = FORMAT
 
     @property
@@ -74,7 +76,7 @@ class Config:
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Write `config.json`, with the versions at hand and a digest of its own content.
+    """Write `config.json`, with a digest of its own content.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -87,7 +89,7 @@ def write_config(folder: Path, config: Config) -> None:
         "classes": None if config.classes is None else list(config.classes),
         "files": config.files,
         "figures": None if config.figures is None else asdict(config.figures),
-        "versions": _versions(),
+        "versions": config.versions,
         config.kind: config.part,
     }
     write_json(folder / CONFIG, {**content, "digest": json_digest(content)})
@@ -125,6 +127,7 @@ def read_config(folder: Path) -> Config:
             files=dict(content["files"]),
             classes=None if content["classes"] is None else tuple(content["classes"]),
             figures=None if known is None else Figures(**{f.name: known[f.name] for f in fields(Figures)}),
+            versions=dict(content["versions"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} is not one that gatefit wrote: {error}") from error
@@ -135,7 +138,9 @@ def _from_format_1(content: dict[str, Any], file: Path) -> Config:
     if not set(content) >= _FORMAT_1 or compensation is None:
         raise CheckpointError(f"{file} is not one that gatefit wrote: keys are missing")
     part = {k: content[k] for k in ("gates", "form", "blocks", "architecture")} | {"compensation": compensation}
-    return Config("gated", content["model"], content["input"], part, {WEIGHTS: content["sha256"]}, format=1)
+    return Config(
+        "gated", content["model"], content["input"], part, {WEIGHTS: content["sha256"]}, versions={}, format=1
+    )
 
 
 def _versions() -> dict[str, str]:
