@@ -110,7 +110,7 @@ def read_config(folder: Path) -> Config:
     if content["format"] != FORMAT:
         raise CheckpointError(f"{file} has format {content['format']}; this gatefit reads up to {FORMAT}: update it")
     kind = content.get("kind")
-    if kind not in PARTS:
+    if not isinstance(kind, str) or kind not in PARTS:
         raise CheckpointError(f"{file} is of kind {kind!r}; this gatefit reads {', '.join(PARTS)}: update it")
     part = content.get(kind)
     if not set(content) >= _COMMON or not isinstance(part, dict) or not set(part) >= PARTS[kind]:
