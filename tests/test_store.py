@@ -68,9 +68,9 @@ def test_tampered_weights(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("blocks"), "keys are missing"),
+        (lambda c: c["gated"].pop("blocks"), "keys are missing"),
         (lambda c: c.update(format=99), "has format 99"),
-        (lambda c: c["blocks"].pop(), "do not fit the network"),
+        (lambda c: c["gated"]["blocks"].pop(), "was changed after it was saved"),
     ],
 )
 def test_tampered_config(saved, change, message):
