@@ -71,8 +71,8 @@ def render(name: str, report: dict[str, Any], sections: list[Section]) -> str:
 def without_folders(name: str) -> str:
     """Shorten a path to its last part, and leave any other name of a network or a data set as it is.
 
-    >>> without_folders("/home/ada/nets/mine.py:build"), without_folders("/data/photos"), without_folders("torch/cifar10")
-    ('mine.py:build', 'photos', 'torch/cifar10')
+    >>> [without_folders(n) for n in ("/nets/mine.py:build", "/data/photos", "torch/cifar10")]
+    ['mine.py:build', 'photos', 'torch/cifar10']
     """
     is_path = Path(name).is_absolute() or ".py:" in name or name.startswith(".")
     return Path(name).name if is_path else name
