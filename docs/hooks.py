@@ -24,7 +24,7 @@ from gatefit import recipe
 from gatefit.commands.cli import app
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOK = ROOT / "docs" / "notebooks" / "digits.ipynb"
+NOTEBOOK = ROOT / "examples" / "digits.ipynb"
 ELSEWHERE = {
     "recipes/README.md": "results.md",
     "CHANGELOG.md": "changelog.md",
@@ -40,7 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "settings.md": settings_page(),
         "api.md": api_page(),
         "notebook.md": notebook_page(NOTEBOOK),
-        **{name: on_site((ROOT / source).read_text()) for source, name in ELSEWHERE.items()},
+        **{name: site_links((ROOT / source).read_text()) for source, name in ELSEWHERE.items()},
     }
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
@@ -147,6 +147,6 @@ def _output(output: dict[str, Any]) -> str:
     return f"```text\n{text.rstrip()}\n```"
 
 
-def on_site(text: str) -> str:
+def site_links(text: str) -> str:
     """Turn links that hold in the repository into links that hold on the site."""
     return re.sub(r"\]\((?:\.\./)?docs/", "](", text)

@@ -1,7 +1,7 @@
 """The README and the docs do what they say: Python blocks run, and every gatefit command line parses.
 
 The blocks of a page share one namespace and run in a folder of their own, with `photos/` and `my_net.py` in it. A block
-with `title="FILE"` is written to that file. Weights cannot be fetched offline: a small network stands in for those of timm.
+with `title="FILE"` is written to that file. Weights cannot be fetched offline: a small one stands in for timm.
 """
 
 import contextlib
