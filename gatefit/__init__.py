@@ -1,5 +1,6 @@
 """gatefit: turn a trained network into one that runs only the blocks and channels each image needs."""
 
+import contextlib
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,9 @@ sys.meta_path.append(Finder())
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gatefit' has no attribute '{name}'")
-    value = globals()[name] = getattr(import_module(f"gatefit.{_HOMES[name]}"), name)
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries say when they are imported is no result
+        module = import_module(f"gatefit.{_HOMES[name]}")
+    value = globals()[name] = getattr(module, name)
     return value
 
 

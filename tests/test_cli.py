@@ -182,6 +182,7 @@ def noisy(name, *rest, **more):
     return real(name, *rest, **more)
 builtins.__import__ = noisy
 import gatefit
+gatefit.retrofit
 """
     done = subprocess.run([sys.executable, "-c", noisy], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "" and "noise" in done.stderr

@@ -17,7 +17,7 @@ def network(channels=16):
 def test_the_original_teaches_its_blocks_outputs():
     model = network()
     gated = gatefit.retrofit(model, IMAGES, "c", "step")
-    teacher = Teacher(model, gated, feature_weight=True)
+    teacher = Teacher(model, gated, features=True)
     student = with_outputs_of(gated, teacher.blocks)
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
@@ -44,9 +44,9 @@ def test_another_network_teaches_predictions_alone():
     gated = gatefit.retrofit(network(), IMAGES, "c", "step")
     untraceable = Untraceable()
     for other in (network(32), untraceable):
-        teacher = Teacher(other, gated, feature_weight=True)
+        teacher = Teacher(other, gated, features=True)
         assert teacher.blocks == () and teacher(torch.randn(2, 3, 8, 8))[1] == ()
-    assert Teacher(network(), gated, feature_weight=False).blocks == ()
+    assert Teacher(network(), gated, features=False).blocks == ()
 
 
 def test_the_student_shares_its_weights():
@@ -71,4 +71,4 @@ def test_of_many_blocks_some_are_compared_and_the_last_always():
     model = Network(*(Basic(8, 8) for _ in range(20))).eval()
     gated = gatefit.retrofit(model, IMAGES, "c", "step")
     adds = [gate.of.add for gate in gates_of(gated).values()]
-    assert Teacher(model, gated, feature_weight=True).blocks == tuple(adds[1::3]) and adds[1::3][-1] == adds[-1]
+    assert Teacher(model, gated, features=True).blocks == tuple(adds[1::3]) and adds[1::3][-1] == adds[-1]

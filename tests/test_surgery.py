@@ -57,7 +57,7 @@ def test_a_wrong_claim_is_caught():
     gated = gatefit.retrofit(model, images())
     gate = gates_of(gated)["blocks.0"]
     extra = replace(gate.of.channel_units.slices[0], tensor="blocks.0.conv2.weight")
-    gate.of = replace(gate.of, gated=replace(gate.of.channel_units, slices=(*gate.of.channel_units.slices, extra)))
+    gate.of = replace(gate.of, channel_units=replace(gate.of.channel_units, slices=(*gate.of.channel_units.slices, extra)))
     with pytest.raises(ConversionError, match="closed channels"):
         verify(model, gated, images())
 
