@@ -149,4 +149,7 @@ def _output(output: dict[str, Any]) -> str:
 
 def site_links(text: str) -> str:
     """Turn links that hold in the repository into links that hold on the site."""
-    return re.sub(r"\]\((?:\.\./)?docs/", "](", text)
+    text = re.sub(r"\]\((?:\.\./)?docs/", "](", text)
+    for source, name in ELSEWHERE.items():
+        text = text.replace(f"]({source})", f"]({name})")
+    return text
