@@ -5,7 +5,6 @@ mkdocs calls `on_files` before it builds the site.
 
 import ast
 import dataclasses
-import importlib
 import inspect
 import itertools
 import json
@@ -52,6 +51,7 @@ def commands_page() -> str:
     command = typer.main.get_command(app)
     with command.make_context("gatefit", [], resilient_parsing=True) as context:
         text = get_docs_for_click(obj=command, ctx=context, name="gatefit")
+    text = re.sub(r"\*\*Commands\*\*:\n\n.*?(?=^## )", "", text, count=1, flags=re.DOTALL | re.MULTILINE)  # cut short
     return text.replace("# `gatefit`", "# Commands", 1)
 
 
@@ -59,8 +59,7 @@ def settings_page() -> str:
     """Every table of a recipe: keys, defaults and meanings, from the dataclasses and the docstrings of their fields."""
     intro = (
         "# Recipe settings\n\nA recipe is a TOML file that holds everything a conversion depends on. Every key is "
-        "optional; `gatefit convert` writes the complete recipe into its output folder. Lists of choices stand in "
-        "quotes, with bars between.\n"
+        "optional. `gatefit convert` writes the complete recipe into its output folder.\n"
     )
     return intro + "\n".join(_tables(recipe.Recipe, ""))
 
@@ -99,8 +98,9 @@ def _hint(cls: type, name: str) -> Any:
 def _type(hint: Any) -> str:
     text = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
     choices = re.match(r"Literal\[(.*)\]$", text)
-    text = choices[1].replace(", ", " | ").replace("'", '"') if choices else text.replace("None", "not set")
-    return f"`{text}`"
+    if choices:
+        return " or ".join(f"`{choice}`" for choice in choices[1].replace("'", '"').split(", "))
+    return f"`{text.removesuffix(' | None')}`"
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -123,9 +123,7 @@ def api_page() -> str:
     functions = [n for n, o in objects.items() if not isinstance(o, type)]
     order = [*functions, *(n for n in objects if n not in functions)]
     lines = ["# Python API\n", "All of these are imported with `import gatefit`.\n"]
-    for name in order:
-        home = importlib.import_module(objects[name].__module__)
-        lines += [f"## `gatefit.{name}`\n", f"::: {home.__name__}.{objects[name].__qualname__}\n"]
+    lines += [f"::: {objects[name].__module__}.{objects[name].__qualname__}\n" for name in order]
     return "\n".join(lines)
 
 
