@@ -73,7 +73,7 @@ def main() -> None:
     arrow(ax, (6.5, 2.02), (6.5, 1.24), colour="#08519c")
     ax.text(6.6, 1.62, "$S_L$: one per block", fontsize=8, va="center")
     arrow(ax, (3.95, 2.02), (5.0, 1.65), (5.0, 1.28), colour="#b35806")
-    ax.text(4.62, 2.05, "fill", fontsize=8, va="center", color="#b35806")
+    ax.text(4.62, 2.05, "compensation", fontsize=8, va="center", color="#b35806")
     ax.text(
         4.4,
         -0.55,

@@ -44,7 +44,7 @@ def deploy(
         backend: "torch", a module for batches of any size; or "onnx", one file for ONNX Runtime on the CPU, for
             images of the size of the calibration images.
         masks: entries of each block's codebook, at most (see `gatefit.deployment.codebook`).
-        harvest: also drop for good the channels that no calibration image opened; each block then has a codebook.
+        prune_unused: also drop for good the channels that no calibration image opened; each block then has a codebook.
             Outputs may differ.
         tuned: keep only what is faster on this machine: of each block's forms with a codebook, and for "torch" of the
             whole with codebooks and the whole with weights gathered for each image

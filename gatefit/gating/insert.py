@@ -53,7 +53,7 @@ def retrofit(
         example: see `find_blocks`; the result takes other batch and image sizes too.
         gates: "lc" (both), "l" (block gates alone) or "c" (channel gates alone).
         form: form of the saliences, see `gatefit.gating.gates.GateForm`.
-        fill: let closed channels leave behind what they were predicted to be, see `gatefit.gating.gates.Gate`.
+        compensation: let closed channels leave behind what they were predicted to be, see `gatefit.gating.gates.Gate`.
 
     Raises:
         ConversionError: no block can be gated (the additions that were looked at are named), the network cannot

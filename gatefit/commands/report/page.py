@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,11 +51,11 @@ def png(figure: Figure) -> bytes:
 
 def render(name: str, report: dict[str, Any], sections: list[Section]) -> str:
     """The whole page, which needs no other file."""
-    title = html.escape(f"{name}: {report['model']}")
+    title = html.escape(f"{name}: {without_folders(report['model'])}")
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>",
         f"<h1>{title}</h1>",
-        f"<p>{report['images']:,} images of {html.escape(report['data'])}, seed {report['seed']}.</p>",
+        f"<p>{report['images']:,} images of {html.escape(without_folders(report['data']))}, seed {report['seed']}.</p>",
         _table(report),
     ]
     for section in sections:
@@ -65,6 +66,16 @@ def render(name: str, report: dict[str, Any], sections: list[Section]) -> str:
             data = base64.b64encode(section.picture).decode()
             parts.append(f'<img src="data:image/png;base64,{data}" alt="{html.escape(section.title)}">')
     return "\n".join(parts) + "\n"
+
+
+def without_folders(name: str) -> str:
+    """Shorten a path to its last part, and leave any other name of a network or a data set as it is.
+
+    >>> [without_folders(n) for n in ("/nets/mine.py:build", "/data/photos", "torch/cifar10")]
+    ['mine.py:build', 'photos', 'torch/cifar10']
+    """
+    is_path = Path(name).is_absolute() or ".py:" in name or name.startswith(".")
+    return Path(name).name if is_path else name
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -59,6 +59,7 @@ def accuracy_against_macs(result: Result, others: list[Result]) -> Figure:
     axes.xaxis.set_major_formatter(lambda macs, _: f"{macs / 1e6:,.4g} M")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.12, 0.15)
+    _end_at_one(axes)
     axes.set_xlabel("MACs per image")
     axes.set_ylabel("accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1, 1))
@@ -203,6 +204,7 @@ def training(history: list[dict[str, Any]]) -> Figure:
         axes.grid(True, alpha=0.2)
         if key != "loss":
             axes.yaxis.set_major_formatter(PercentFormatter(1))
+            _end_at_one(axes)
         _plain(axes)
     return figure
 
@@ -228,6 +230,13 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     _plain(axes)
     return figure, axes
+
+
+def _end_at_one(axes: Axes) -> None:
+    """End the vertical axis at 100 %, and draw the marks that stand there whole."""
+    axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
+    for line in axes.lines:
+        line.set_clip_on(False)
 
 
 def _plain(axes: Axes) -> None:
