@@ -56,7 +56,7 @@ class BlockStruct(ctypes.Structure):
         ("n_steps", NUMBER),
         ("adds_input", NUMBER),  # whether the branch is added to the block's input
         ("steps", ctypes.POINTER(StepStruct)),  # (n_steps,)
-        ("projection", ctypes.POINTER(StepStruct)),  # makes what the branch is added to; None: nothing does
+        ("projection", ctypes.POINTER(StepStruct)),  # (1,), makes the residual of the input
         ("lowest", REAL),  # the activation of images that skip the branch
         ("highest", REAL),
     )
