@@ -12,7 +12,7 @@ import timm
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from torch import fx, nn
 
-from gatefit.commands.convert import kept_figures
+from gatefit.commands.figures import kept_figures
 from gatefit.errors import CheckpointError
 from gatefit.files import write_atomically
 from gatefit.folder import CONFIG, WEIGHTS, Config, Figures, read_config
