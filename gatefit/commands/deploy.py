@@ -152,7 +152,7 @@ def _onnx_file(folder: Path, content: dict[str, Any]) -> Path:
     """Find the ONNX file that a `deployment.json` names, and check that it is still the one that was written."""
     if content["format"] < FORMAT:
         return Path(content["file"])
-    file = folder.resolve() / content["file"]["name"]
+    file: Path = folder.resolve() / content["file"]["name"]
     if digest(file) != content["file"]["sha256"]:
         raise CheckpointError(f"{file} is not the file that {folder / FILE} was written for; deploy anew")
     return file

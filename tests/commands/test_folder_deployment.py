@@ -90,7 +90,7 @@ def test_an_onnx_file_elsewhere_is_kept_by_its_way_from_the_folder(in_onnx, tmp_
 def test_other_weights_in_the_folder_are_refused(kind, request):
     folder, _, _ = request.getfixturevalue(kind)
     gatefit.save(small(seed=1), folder)
-    with pytest.raises(CheckpointError, match="was made from other weights than .*; deploy anew"):
+    with pytest.raises(CheckpointError, match=r"was made from other weights than .*; deploy anew"):
         load_deployed(folder)
 
 

@@ -131,6 +131,24 @@ def test_schemas_refuse_other_values(converted, name, change):
     assert not schema(name).is_valid(content)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.pop("history"),
+        lambda c: c.update(history=3),
+        lambda c: c.update(history=[3]),
+        lambda c: c.update(gated=None),
+        lambda c: c["history"][0].pop("share"),
+    ],
+)
+def test_a_damaged_report_ends_in_one_line(converted, tmp_path, change):
+    content = copy.deepcopy(read(converted, "report"))
+    change(content)
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    with pytest.raises(gatefit.GatefitError, match="keys are missing"):
+        read_result(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["config", "report", "deployment"])
 def test_the_docs_describe_every_key(name):
     text = (ROOT / "docs" / "folder.md").read_text()

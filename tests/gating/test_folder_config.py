@@ -198,7 +198,7 @@ def test_an_own_file_is_kept_by_its_way_from_the_folder(tmp_path):
     moved = tmp_path / "moved" / "runs" / "mine"
     assert torch.equal(gatefit.load(moved)(images()), gated(images()))
     shutil.move(moved, tmp_path / "alone")
-    with pytest.raises(gatefit.GatefitError, match="no file .*own.py"):
+    with pytest.raises(gatefit.GatefitError, match=r"no file .*own\.py"):
         gatefit.load(tmp_path / "alone")
     assert torch.equal(gatefit.load(tmp_path / "alone", make("grouped"))(images()), gated(images()))
 
@@ -218,7 +218,7 @@ def test_the_original_is_checked_too(tmp_path):
 
 
 def test_a_file_that_is_added_keeps_the_rest(saved):
-    gated, folder = saved
+    _, folder = saved
     before = read_config(folder)
     (folder / "more.onnx").write_bytes(b"more")
     record_file(folder, "more.onnx")
