@@ -2,7 +2,7 @@
 
 import platform
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +144,5 @@ def _from_format_1(content: dict[str, Any], file: Path) -> Config:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from its sources
-            from gatefit import __version__
-
-            found[name] = __version__
-    return found
+    packages = {name: str(import_module(name).__version__) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages}

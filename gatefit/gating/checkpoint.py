@@ -78,6 +78,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule:
                 raise CheckpointError(
                     f"{folder} was saved from a network of your own; call gatefit.load(folder, model=...)"
                 )
+            _need_file(reference, folder)
             model = build(reference)
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.input.items()}
         spec = InputSpec(**given)
@@ -150,9 +151,19 @@ def _read_reference(config: Config, folder: Path) -> ModelReference | None:
         if reference.source != "file":
             return reference
         path, function = reference.name.rsplit(":", 1)
-        return ModelReference("file", f"{(folder.resolve() / path).resolve()}:{function}", reference.arguments)
+        file = (folder.resolve() / path).resolve()
+        return ModelReference("file", f"{file}:{function}", reference.arguments)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG} is not one that gatefit wrote: {error}") from error
+
+
+def _need_file(reference: ModelReference, folder: Path) -> None:
+    file = reference.name.rpartition(":")[0]
+    if reference.source == "file" and not Path(file).is_file():
+        raise CheckpointError(
+            f"no file '{file}', which builds the network of {folder}; put it there, or call "
+            "gatefit.load(folder, model=...)"
+        )
 
 
 def _blocks(gated: fx.GraphModule) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 import gatefit
 from gatefit.commands.cli import app
-from gatefit.commands.deploy import write_deployment
+from gatefit.commands.deploy import load_deployed, write_deployment
 from gatefit.commands.report.result import read_result
 from gatefit.folder import read_config
 
@@ -85,6 +86,24 @@ def test_an_onnx_deployment_fits(tmp_path):
     write_deployment(tmp_path, deployed.plans, model=deployed.model, onnx=tmp_path / "model.onnx")
     schema("deployment").validate(read(tmp_path, "deployment"))
     schema("config").validate(read(tmp_path, "config"))
+
+
+def test_the_command_keeps_both_onnx_files(converted, tmp_path):
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path / "out"
+    shutil.copytree(converted, folder)
+    result = CliRunner().invoke(app, ["deploy", str(folder), "--backend", "onnx"])
+    assert result.exit_code == 0, (result.output, result.stderr)
+    assert set(read_config(folder).files) == {
+        "model.safetensors", "original.safetensors", "model.onnx", "model-masked.onnx",
+    }  # fmt: skip
+    schema("config").validate(read(folder, "config"))
+    x = torch.randn(2, 3, 8, 8)
+    before = load_deployed(folder)(x)
+    shutil.move(folder, tmp_path / "deeper" / "still")
+    assert torch.equal(load_deployed(tmp_path / "deeper" / "still")(x), before)
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "deeper" / "still")])
+    assert result.exit_code == 1 and "which builds the network of" in result.stderr
 
 
 def objects(node, path=()):

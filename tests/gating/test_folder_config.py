@@ -88,7 +88,7 @@ def test_what_a_config_keeps(saved):
     assert config.input["shape"] == [3, 64, 64] and config.model["name"] == "test_resnet"
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert config.files == {"model.safetensors": weights}
-    assert config.versions["torch"] == torch.__version__.partition("+")[0]
+    assert config.versions["torch"] == torch.__version__ and config.versions["gatefit"] == gatefit.__version__
 
 
 @pytest.mark.parametrize(("form", "gates"), [("step", "lc"), ("relu1", "c")])
@@ -198,7 +198,7 @@ def test_an_own_file_is_kept_by_its_way_from_the_folder(tmp_path):
     moved = tmp_path / "moved" / "runs" / "mine"
     assert torch.equal(gatefit.load(moved)(images()), gated(images()))
     shutil.move(moved, tmp_path / "alone")
-    with pytest.raises(gatefit.GatefitError, match=r"no file .*own\.py"):
+    with pytest.raises(gatefit.GatefitError, match=r"no file .*own\.py', which builds .*; put it there"):
         gatefit.load(tmp_path / "alone")
     assert torch.equal(gatefit.load(tmp_path / "alone", make("grouped"))(images()), gated(images()))
 
