@@ -181,10 +181,10 @@ def _architecture(gated: fx.GraphModule) -> str:
         what: Any = node.target
         if node.op == "call_module":
             module = gated.get_submodule(str(node.target))
-            what = "gate" if isinstance(module, Gate) else module
+            what = "gate" if isinstance(module, Gate) else f"{node.target} {module}"
         elif node.op == "call_function":
-            home = "gatefit" if what.__module__.startswith("gatefit.") else what.__module__
-            what = f"{home}.{what.__name__}"
+            home = str(getattr(what, "__module__", ""))
+            what = f"{'gatefit' if home.startswith('gatefit.') else home}.{getattr(what, '__name__', '')}"
         lines.append(f"{node.op} {what} {fx.map_arg((node.args, node.kwargs), lambda n: f'#{numbers[n]}')}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

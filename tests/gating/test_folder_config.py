@@ -184,6 +184,25 @@ def test_another_network_of_the_same_shapes_is_refused(saved):
         gatefit.load(folder)
 
 
+def test_the_same_layers_in_another_order_are_refused(tmp_path):
+    """Both have the same keys and shapes, and in the file that the config names they run in another order."""
+    text = (
+        "from networks import Basic\nfrom torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.a, self.b, self.fc = Basic(3, 3), Basic(3, 3), nn.Linear(3, 2)\n\n"
+        "    def forward(self, x):\n        return self.fc(self.a(self.b(x)).mean((2, 3)))\n"
+    )
+    (tmp_path / "own.py").write_text(text)
+    reference = ModelReference("file", f"{tmp_path / 'own.py'}:Net")
+    gated = gatefit.retrofit(build(reference), torch.zeros(2, 3, 8, 8), "c")
+    gated.meta["reference"] = reference
+    gatefit.save(gated, tmp_path)
+    gatefit.load(tmp_path)
+    (tmp_path / "own.py").write_text(text.replace("self.a(self.b(x))", "self.b(self.a(x))"))
+    with pytest.raises(CheckpointError, match=r"do not fit the network|is not the network that was saved"):
+        gatefit.load(tmp_path)
+
+
 def test_an_own_file_is_kept_by_its_way_from_the_folder(tmp_path):
     project, folder = tmp_path / "project", tmp_path / "project" / "runs" / "mine"
     project.mkdir()
