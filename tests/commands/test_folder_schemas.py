@@ -140,7 +140,7 @@ def test_schemas_describe_every_key_and_take_no_other(converted, name):
         ("config", lambda c: c["gated"].update(form="soft")),
         ("report", lambda c: c["gated"].update(accuracy=80)),
         ("report", lambda c: c["gates"][0].update(units=1.5)),
-        ("deployment", lambda c: c.update(file={"name": "/tmp/model.onnx", "sha256": "0" * 64})),
+        ("deployment", lambda c: c.update(file={"name": "/models/model.onnx", "sha256": "0" * 64})),
         ("deployment", lambda c: c["blocks"][0].update(codebook=[[-1]])),
     ],
 )
