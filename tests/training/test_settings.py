@@ -28,7 +28,7 @@ def test_settings_that_cannot_work(dense, digits, change, message):
 
 
 @pytest.mark.parametrize(
-    ("initialise", "change", "message"),
+    ("start", "change", "message"),
     [
         ("identity", {}, "with 'identity' use l1"),
         ("identity", {"target": None, "l1": 0.1, "epochs": 0}, "by training alone"),
