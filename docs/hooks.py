@@ -9,6 +9,7 @@ import inspect
 import itertools
 import json
 import re
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from typer.cli import get_docs_for_click
 
-import gatefit
-from gatefit import recipe
-from gatefit.commands.cli import app
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # mkdocs does not run from the repository: document this gatefit, not an installed one
+
+import gatefit  # noqa: E402
+from gatefit import recipe  # noqa: E402
+from gatefit.commands.cli import app  # noqa: E402
+
 NOTEBOOK = ROOT / "examples" / "digits.ipynb"
 ELSEWHERE = {
     "recipes/README.md": "results.md",
