@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gatefit._moved import Finder
 
 if TYPE_CHECKING:
+    from gatefit.commands.hub import from_pretrained, push_to_hub, save_pretrained
     from gatefit.deployment.deploy import deploy
     from gatefit.errors import GatefitError
     from gatefit.gating.checkpoint import load, save
@@ -28,10 +29,13 @@ __all__ = [
     "evaluate",
     "find_blocks",
     "finetune",
+    "from_pretrained",
     "load",
+    "push_to_hub",
     "retrofit",
     "salience_penalty",
     "save",
+    "save_pretrained",
 ]
 
 _HOMES = {
@@ -44,10 +48,13 @@ _HOMES = {
     "evaluate": "training.evaluate",
     "find_blocks": "gating.insert",
     "finetune": "training.finetune",
+    "from_pretrained": "commands.hub",
     "load": "gating.checkpoint",
+    "push_to_hub": "commands.hub",
     "retrofit": "gating.insert",
     "salience_penalty": "gating.penalty",
     "save": "gating.checkpoint",
+    "save_pretrained": "commands.hub",
 }
 """Where each public name is defined. PyTorch is imported at the first use of one of them, not by `import gatefit`."""
 

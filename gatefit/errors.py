@@ -31,3 +31,9 @@ class TrainingError(GatefitError):
 
 class DeployError(GatefitError):
     """A network that cannot be deployed, or a deployment that cannot be read or run here."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class where the message is empty."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,5 +1,6 @@
 """Write files so that nothing half-written is ever left behind."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -67,6 +68,45 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except Exception as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); write it anew") from error
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        CheckpointError: it is missing or cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no file '{path}'; is '{path.parent}' a folder that gatefit wrote?") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def json_digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, in hexadecimal; order of keys and white space do not count.
+
+    >>> json_digest({"a": 1, "b": [2]}) == json_digest({"b": [2], "a": 1})
+    True
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def relative_to(folder: Path, path: Path) -> str:
+    """Write `path` as seen from `folder`, with "/" between its parts, so that both can move together.
+
+    Raises:
+        CheckpointError: there is no such way, as between two drives.
+    """
+    try:
+        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    except ValueError as error:
+        raise CheckpointError(
+            f"'{path}' is on another drive than '{folder}'; choose a place on the same one"
+        ) from error
 
 
 def remove_tree(path: Path) -> None:

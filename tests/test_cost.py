@@ -5,7 +5,8 @@ from networks import GATABLE, images, make
 from torch.utils.flop_counter import FlopCounterMode
 
 import gatefit
-from gatefit.gating.cost import Opens, costs_of, macs_per_image, opens_of
+from gatefit.decisions import BlockDecision, Decisions
+from gatefit.gating.cost import costs_of, decisions_of
 from gatefit.gating.gates import gates_of
 from gatefit.gating.threshold import smallest_share
 
@@ -45,7 +46,7 @@ def opened(gated, block, units):
             gate.channel.bias.data[:units] = 1
     gated(images(2))
     costs = costs_of(gated, (3, 8, 8))
-    both = [macs_per_image(costs, opens_of(gated), p) for p in ("sequential", "parallel")]
+    both = [costs.per_image(decisions_of(gated), p) for p in ("sequential", "parallel")]
     assert all(t[0] == t[1] for t in both)
     return int(both[0][0]), int(both[1][0])
 
@@ -97,11 +98,11 @@ def test_a_fill_is_counted():
 def test_block_and_channel_saliences_combine():
     gated = gatefit.retrofit(make("basic"), images())
     costs = costs_of(gated, (3, 8, 8))
-    opens = {
-        "blocks.0": Opens(torch.tensor([True, False]), torch.ones(2, 8, dtype=torch.bool)),
-        "blocks.1": Opens(torch.tensor([True, True]), torch.zeros(2, 16, dtype=torch.bool)),
+    blocks = {
+        "blocks.0": BlockDecision(torch.tensor([True, False]), torch.ones(2, 8, dtype=torch.bool)),
+        "blocks.1": BlockDecision(torch.tensor([True, True]), torch.zeros(2, 16, dtype=torch.bool)),
     }
-    macs = macs_per_image(costs, opens)
+    macs = costs.per_image(Decisions(blocks))
     first, second = costs.blocks
     assert macs[0] - macs[1] == first.branch
     assert macs[1] == costs.base + first.gate + second.gate
@@ -114,7 +115,7 @@ def test_a_skipped_block_skips_the_block_in_it():
     gates_of(gated)["blocks.0"].block.bias.data.fill_(-1)
     gated(images(2))
     outer = next(b for b in costs.blocks if b.name == "blocks.0")
-    assert macs_per_image(costs, opens_of(gated)).tolist() == [costs.base + outer.gate] * 2
+    assert costs.per_image(decisions_of(gated)).tolist() == [costs.base + outer.gate] * 2
     assert costs.dense == STEM + HEAD + 3 * CONV
     # What no image runs is not told as open either, and the guard's smallest share counts it as skipped.
     result = gatefit.evaluate(gated, (images(2), torch.zeros(2, dtype=torch.long)))

@@ -33,7 +33,7 @@ from gatefit.deployment.plan import BlockPlan, never_closes, observe, plan_block
 from gatefit.deployment.region import region_of, region_or_none
 from gatefit.deployment.tune import forms_of
 from gatefit.errors import DeployError
-from gatefit.gating.cost import costs_of, macs_per_image, opens_of
+from gatefit.gating.cost import costs_of, decisions_of
 from gatefit.gating.gates import gates_of
 from gatefit.graph.fold import fold_batch_norms
 
@@ -137,11 +137,11 @@ def test_in_the_parallel_placement_first_layers_run_whole(name):
             gate.block.bias.data.fill_(-1.0)
         with torch.no_grad():
             gated(images(1))
-        opened = opens_of(gated)
+        opened = decisions_of(gated)
         for placement in ("sequential", "parallel"):
             deployed = gatefit.deploy(gated, images(4), tuned=False, placement=placement)
             assert all(plan.parallel == (placement == "parallel") for plan in deployed.meta["plans"])
-            assert macs(deployed) == float(macs_per_image(costs, opened, placement))
+            assert macs(deployed) == float(costs.per_image(opened, placement))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -462,7 +462,7 @@ def test_gates_that_never_close_are_not_asked():
             gate.channel.bias.data[3] = -1.0
         block = ChainBlock(gated, gate, region_of(gated, gate), block_plan)
         struct, _, _ = block.to_structs(kernels(), (32, 9, 9))
-        assert (struct.gate_weight is None) == share_open and struct.step[0].open_rows == 1 - share_open
+        assert (struct.gate_weight is None) == share_open and struct.steps[0].open_oc == 1 - share_open
         x = torch.randn(2, 32, 9, 9)
         with torch.no_grad():
             assert same(ChainBlocks([block])(x, x), gated(x))
@@ -551,8 +551,8 @@ def test_gathered_blocks_run_what_is_open(name):
     with torch.no_grad():
         interpreter.run(images(9))
         block(interpreter.env[region.entry], interpreter.env[region.shortcut])
-    opened = opens_of(gated)[gate.of.name]
-    counts = opened.channel.sum(1)[opened.block].tolist()
+    opened = decisions_of(gated).blocks[gate.of.name]
+    counts = opened.units.sum(1)[opened.runs].tolist()
     convs = len(ran) // len(counts)
     assert [out for _, out in ran[::convs]] == counts and [given for given, _ in ran[1::convs]] == counts
 
@@ -692,8 +692,8 @@ def test_a_placebo_is_open_for_all_its_images_but_not_for_good():
     gated = gatefit.retrofit(make("basic"), images(), "lc", "step").eval()
     keep_open(gated, images(8))
     gated(images(8))
-    for name, opened in opens_of(gated).items():
-        assert opened.block.all() and opened.channel.all()
+    for name, opened in decisions_of(gated).blocks.items():
+        assert opened.runs.all() and opened.units.all()
         assert not never_closes(gates_of(gated)[name])
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import gatefit
 from gatefit.errors import CheckpointError
+from gatefit.gating.info import set_info
 from gatefit.inputs.models import ModelReference, build
 
 
@@ -18,7 +19,7 @@ def saved(tmp_path):
     torch.manual_seed(0)
     reference = ModelReference("timm", "test_resnet", {"num_classes": 7})
     gated = gatefit.retrofit(build(reference), torch.zeros(2, 3, 64, 64))
-    gated.meta["reference"] = reference
+    set_info(gated, reference=reference)
     for p in gated.parameters():
         p.data.add_(0.01 * torch.randn_like(p))
     gatefit.save(gated, tmp_path)
@@ -67,9 +68,9 @@ def test_tampered_weights(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("blocks"), "keys are missing"),
+        (lambda c: c["gated"].pop("blocks"), "keys are missing"),
         (lambda c: c.update(format=99), "has format 99"),
-        (lambda c: c["blocks"].pop(), "do not fit the network"),
+        (lambda c: c["gated"]["blocks"].pop(), "was changed after it was saved"),
     ],
 )
 def test_tampered_config(saved, change, message):

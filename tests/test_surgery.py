@@ -10,6 +10,7 @@ import gatefit
 from gatefit.errors import ConversionError, GatefitError, RecipeError
 from gatefit.gating import insert
 from gatefit.gating.gates import PREFIX, gates_of, outputs_of
+from gatefit.gating.info import info_of
 from gatefit.gating.verify import verify
 from gatefit.graph import channels
 from gatefit.graph.blocks import MaskPoint
@@ -23,7 +24,7 @@ def test_identity_and_removability(name, gates, compensation):
     if gates == "c" and not any(CASES[name].units):
         pytest.skip("no channel gate")
     gated = gatefit.retrofit(model, images(), gates, compensation=compensation)
-    checked = gated.meta["verification"]
+    checked = info_of(gated).verification
     assert torch.equal(model(images(5)), gated(images(5)))
     assert checked.closed_units == (sum(u // 2 for u in CASES[name].units) if "c" in gates else 0)
     assert (checked.closed_blocks > 0) == ("l" in gates)
@@ -57,7 +58,9 @@ def test_a_wrong_claim_is_caught():
     gated = gatefit.retrofit(model, images())
     gate = gates_of(gated)["blocks.0"]
     extra = replace(gate.of.channel_units.slices[0], tensor="blocks.0.conv2.weight")
-    gate.of = replace(gate.of, channel_units=replace(gate.of.channel_units, slices=(*gate.of.channel_units.slices, extra)))
+    gate.of = replace(
+        gate.of, channel_units=replace(gate.of.channel_units, slices=(*gate.of.channel_units.slices, extra))
+    )
     with pytest.raises(ConversionError, match="closed channels"):
         verify(model, gated, images())
 

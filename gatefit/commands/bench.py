@@ -13,6 +13,7 @@ from gatefit.deployment.bench.what_if import keep_open, set_share
 from gatefit.deployment.deploy import deploy
 from gatefit.deployment.engines.runtimes import OnnxNetwork, Run, has_onnx
 from gatefit.errors import DeployError
+from gatefit.gating.info import info_of
 from gatefit.gating.insert import retrofit
 from gatefit.inputs.data import some_images
 from gatefit.inputs.models import build, input_spec, parse_reference
@@ -58,7 +59,7 @@ def _folder(folder: Path, data: str) -> tuple[nn.Module, fx.GraphModule, Tensor]
     opened = open_folder(folder, data)
     if opened.original is None:
         raise DeployError(f"{folder} does not hold the original network to compare with")
-    return opened.original, opened.gated, some_images(opened.data.train, opened.gated.meta["input"], IMAGES)
+    return opened.original, opened.gated, some_images(opened.data.train, info_of(opened.gated).input, IMAGES)
 
 
 def _what_if(name: str, share: float) -> tuple[nn.Module, fx.GraphModule, Tensor]:

@@ -13,8 +13,10 @@ from torch import fx, nn
 from gatefit.commands.report.result import REPORT, Result, read_result
 from gatefit.errors import CheckpointError, DataError, RecipeError, TrainingError
 from gatefit.files import read_json, remove_tree, write_atomically, write_json, write_tensors
-from gatefit.gating.checkpoint import load, read_config, save
+from gatefit.folder import ORIGINAL, Figures
+from gatefit.gating.checkpoint import load, load_original, save
 from gatefit.gating.gates import gates_of
+from gatefit.gating.info import info_of, set_info
 from gatefit.gating.insert import retrofit, rewrite
 from gatefit.inputs.data import Splits, read_data
 from gatefit.inputs.models import (
@@ -33,7 +35,6 @@ from gatefit.training.evaluate import Evaluation, evaluate
 from gatefit.training.finetune import check_settings, finetune, train_dense
 from gatefit.training.trainer import Epoch, Progress, Report
 
-ORIGINAL = "original.safetensors"
 RECIPE = "recipe.toml"
 TOLERANCE = 0.02
 """Largest distance from the target that passes without a word."""
@@ -93,8 +94,9 @@ def convert(
             _train_baseline(recipe, model, data, spec, out, resume, say, report)
             trained = True
         gated = retrofit(model, example, recipe.gates.kinds, recipe.gates.form, recipe.gates.compensation)
-        gated.meta["input"], gated.meta["reference"] = spec, reference
-        checked = gated.meta["verification"]
+        set_info(gated, input=spec, reference=reference)
+        checked = info_of(gated).verification
+        assert checked is not None
         say(
             f"converted: {checked.outputs} outputs equal the original's to the bit; {checked.closed_units} closed "
             f"units and {checked.closed_blocks} closed blocks overwritten with noise without changing one"
@@ -119,7 +121,9 @@ def convert(
             say(f"note: the target was {target}, the share reached on the test images is {evaluation.share:.3f}")
         summary = summarise(recipe, reference, evaluation, history, fitting)
         if main:
-            _write(out, gated, model, recipe)
+            write_tensors(out / ORIGINAL, model.state_dict())
+            classes = data.train.classes if fitting else None
+            save(gated, out, classes=classes, figures=kept_figures(evaluation, recipe.data.name or "imagenette"))
             write_json(out / REPORT, summary)  # marks the folder as complete
             for name in _CHECKPOINTS.values():
                 (out / name).unlink(missing_ok=True)
@@ -172,6 +176,20 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
         "histogram": _histogram(evaluation),
         "gates": [asdict(g) for g in evaluation.gates],
     }
+
+
+def kept_figures(evaluation: Evaluation, data: str) -> Figures:
+    """The figures of an evaluation that `config.json` keeps; of images in a folder, the folder's own name."""
+    return Figures(
+        data=Path(data).name if Path(data).is_absolute() else data,
+        images=evaluation.images,
+        accuracy=evaluation.accuracy,
+        agreement=evaluation.agreement,
+        macs=evaluation.macs_sequential,
+        share=evaluation.share,
+        original_accuracy=evaluation.dense_accuracy,
+        original_macs=evaluation.dense_macs,
+    )
 
 
 def evaluate_folder(folder: Path, data: str = "", skip_corrupt: bool = False) -> tuple[Evaluation, dict[str, Any]]:
@@ -232,20 +250,16 @@ def open_folder(folder: Path, data: str = "", skip_corrupt: bool = False) -> Ope
     Raises:
         GatefitError: the folder or the data cannot be read.
     """
-    config = read_config(folder)
     gated = load(folder)
     recipe = read_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else Recipe()
     if not data and not (folder / RECIPE).is_file():
         raise DataError(f"{folder} does not say what data it was made with; pass --data")
-    original = None
-    if (folder / ORIGINAL).is_file():
-        original = build(ModelReference(**config["model"])).eval()
-        load_weights(original, folder / ORIGINAL)
     corrupt = "skip" if skip_corrupt else recipe.data.corrupt
     limit = 0 if data else recipe.data.limit
-    splits = read_data(data or recipe.data.name, gated.meta["input"], corrupt, recipe.seed, limit)
+    splits = read_data(data or recipe.data.name, info_of(gated).input, corrupt, recipe.seed, limit)
     trained = recipe.model.pretrained or bool(recipe.model.weights) or recipe.baseline.epochs > 0
-    return Opened(config["model"]["name"] if config["model"] else "", gated, original, splits, trained)
+    reference = info_of(gated).reference
+    return Opened(reference.name if reference else "", gated, load_original(folder), splits, trained)
 
 
 def _histogram(evaluation: Evaluation, bins: int = 20) -> dict[str, list[float]]:
@@ -375,8 +389,3 @@ def _write_page(
         write_report(out, Result(out.resolve().name, summary, []), [], evaluation, data.test)
     except Exception as error:
         say(f"note: the page could not be written ({error}); everything else was, and gatefit report {out} tries again")
-
-
-def _write(out: Path, gated: fx.GraphModule, model: nn.Module, recipe: Recipe) -> None:
-    write_tensors(out / ORIGINAL, model.state_dict())
-    save(gated, out, {"recipe": asdict(recipe)})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.commands.convert import Opened
+from gatefit.decisions import Placement
 from gatefit.deployment.bench.baselines import dense_engines
 from gatefit.deployment.bench.timing import times
 from gatefit.deployment.deploy import Backend, deploy, whole_batches
@@ -20,14 +21,16 @@ from gatefit.deployment.kernels.native import processor
 from gatefit.deployment.plan import BlockPlan, Deployment, Latency
 from gatefit.deployment.region import Region, region_or_none
 from gatefit.errors import CheckpointError, DeployError
-from gatefit.files import read_json, write_atomically, write_json
-from gatefit.gating.checkpoint import load
-from gatefit.gating.cost import Placement
+from gatefit.files import digest, read_json, relative_to, write_atomically, write_json
+from gatefit.folder import read_config
+from gatefit.gating.checkpoint import load, record_file
 from gatefit.gating.gates import gates_of
+from gatefit.gating.info import info_of
 from gatefit.inputs.data import some_images
 
 FILE = "deployment.json"
-FORMAT = 4
+FORMAT = 5
+"""Format 4, which is read too, names the ONNX file by its absolute path and keeps no hashes."""
 CALIBRATION = 256
 """Training images that masks are chosen by; where channels are harvested, as many others are compared."""
 ROUNDS = 12
@@ -62,13 +65,18 @@ def write_deployment(
         plans: of its blocks.
         engines: of the stretches of a gathered network, see `gatefit.deployment.engines.native_network`.
         model: the ONNX file's content.
-        onnx: the ONNX file.
+        onnx: the ONNX file. It is kept by its way from the folder and by its hash.
 
     Raises:
-        CheckpointError: they cannot be written.
+        CheckpointError: the folder holds no network, or they cannot be written.
     """
+    network = read_config(folder).network
+    file = None
     if model is not None and onnx is not None:
-        write_atomically(onnx, lambda file: file.write_bytes(model))
+        name = relative_to(folder, onnx)
+        write_atomically(onnx, lambda temporary: temporary.write_bytes(model))
+        file = {"name": name, "sha256": digest(onnx)}
+        record_file(folder, name)
     machine = this_machine()
     blocks = [
         {
@@ -84,7 +92,8 @@ def write_deployment(
     content = {
         "format": FORMAT,
         "backend": "torch" if model is None else "onnx",
-        "file": None if onnx is None else str(onnx.absolute()),
+        "network": network,
+        "file": file,
         "engines": engines,
         "machine": {"processor": machine.processor, "threads": machine.threads, "torch": machine.torch},
         "blocks": blocks,
@@ -100,17 +109,19 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.Grap
         model: the original architecture, for networks that neither timm nor torchvision has (see `gatefit.load`).
 
     Raises:
-        CheckpointError: the folder holds no deployment, or it is damaged.
+        CheckpointError: the folder holds no deployment, or it is damaged, or it was made from other weights.
         DeployError: what runs it is not installed.
     """
     folder = Path(folder)
     content = read_json(folder / FILE)
     try:
-        if content["format"] != FORMAT:
+        if content["format"] not in (4, FORMAT):
             raise CheckpointError(f"{folder / FILE} has format {content['format']}; this gatefit reads {FORMAT}")
+        if content["format"] == FORMAT and content["network"] != read_config(folder).network:
+            raise CheckpointError(f"{folder / FILE} was made from other weights than {folder} holds now; deploy anew")
         if content["backend"] == "onnx":
             need_onnx()
-            return OnnxNetwork(Path(content["file"]).read_bytes())
+            return OnnxNetwork(_onnx_file(folder, content).read_bytes())
         gated = load(folder, model)
         gates = gates_of(gated)
         plans: dict[str, tuple[BlockPlan, Region | None]] = {}
@@ -128,7 +139,7 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.Grap
         if content["engines"] is None:
             deployed = packed(assemble(gated, plans))
         else:
-            image = torch.zeros(1, *gated.meta["input"].shape)
+            image = torch.zeros(1, *info_of(gated).input.shape)
             deployed = gathered_network(gated, plans, [image], content["engines"])
         deployed.meta["plans"] = tuple(plan for plan, _ in plans.values())
         return deployed
@@ -136,6 +147,16 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.Grap
         raise CheckpointError(
             f"{folder / FILE} is damaged or does not fit its network: {error}; deploy anew"
         ) from error
+
+
+def _onnx_file(folder: Path, content: dict[str, Any]) -> Path:
+    """Find the ONNX file that a `deployment.json` names, and check that it is still the one that was written."""
+    if content["format"] < FORMAT:
+        return Path(content["file"])
+    file: Path = folder.resolve() / content["file"]["name"]
+    if digest(file) != content["file"]["sha256"]:
+        raise CheckpointError(f"{file} is not the file that {folder / FILE} was written for; deploy anew")
+    return file
 
 
 def _codebook(entries: list[list[int]] | None, units: int) -> Any:
@@ -164,7 +185,7 @@ def deploy_folder(
     if out is not None and backend != "onnx":
         raise DeployError("--out names the ONNX file; it needs --backend onnx")
     images = some_images(
-        opened.data.train, opened.gated.meta["input"], 2 * CALIBRATION if prune_unused else CALIBRATION
+        opened.data.train, info_of(opened.gated).input, 2 * CALIBRATION if prune_unused else CALIBRATION
     )
     images, others = images[:CALIBRATION], images[CALIBRATION:]
     if prune_unused and not len(others):
@@ -172,8 +193,9 @@ def deploy_folder(
     deployed = deploy(opened.gated, images, backend, masks, prune_unused=prune_unused, batch=batch, placement=placement)
     if isinstance(deployed, OnnxNetwork):
         file = out or folder / "model.onnx"
-        masked = masked_onnx(opened.gated, images[:1])
-        write_atomically(file.with_stem(f"{file.stem}-masked"), lambda temporary: temporary.write_bytes(masked))
+        masked, beside = masked_onnx(opened.gated, images[:1]), file.with_stem(f"{file.stem}-masked")
+        write_atomically(beside, lambda temporary: temporary.write_bytes(masked))
+        record_file(folder, relative_to(folder, beside))
         write_deployment(folder, deployed.plans, model=deployed.model, onnx=file)
         plans, batch, engines = deployed.plans, 1, {"onnxruntime"}
     else:

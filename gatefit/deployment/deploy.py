@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, fx
 
+from gatefit.decisions import Placement
 from gatefit.deployment.bench.timing import times
 from gatefit.deployment.dynamic import assemble
 from gatefit.deployment.engines.native_network import gathered_network
@@ -17,7 +18,6 @@ from gatefit.deployment.plan import observe, plan_block
 from gatefit.deployment.region import region_or_none
 from gatefit.deployment.tune import ROUNDS, tune
 from gatefit.errors import DeployError
-from gatefit.gating.cost import Placement
 from gatefit.gating.gates import gates_of
 
 Backend = Literal["torch", "onnx"]

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from gatefit.decisions import Placement
 from gatefit.deployment.codebook import choose_codebook, most_frequent
 from gatefit.deployment.region import Region, extract, region_of, region_or_none
 from gatefit.errors import DeployError
-from gatefit.gating.cost import Placement, costs_of, macs_per_image, opens_of
+from gatefit.gating.cost import costs_of, decisions_of
 from gatefit.gating.gates import Gate, gates_of
 
 EXACT_SHARE = 0.9
@@ -79,10 +80,10 @@ def observe(gated: fx.GraphModule, images: list[Tensor]) -> dict[str, Observed]:
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in gates_of(gated)}
     for batch in images:
         gated(batch)
-        for name, opened in opens_of(gated).items():
+        for name, opened in decisions_of(gated).blocks.items():
             everything = torch.ones(len(batch), dtype=torch.bool)
-            runs = everything if opened.block is None else opened.block.cpu()
-            units = everything[:, None][:, :0] if opened.channel is None else opened.channel.cpu()
+            runs = everything if opened.runs is None else opened.runs.cpu()
+            units = everything[:, None][:, :0] if opened.units is None else opened.units.cpu()
             found[name].append((runs, units))
     return {name: Observed(*(torch.cat(parts) for parts in zip(*rows, strict=True))) for name, rows in found.items()}
 
@@ -155,6 +156,6 @@ def share_of(gated: fx.GraphModule, images: list[Tensor]) -> float:
     with torch.no_grad():
         for batch in images:
             gated(batch)
-            total += float(macs_per_image(costs, opens_of(gated)).sum())
+            total += float(costs.per_image(decisions_of(gated)).sum())
             count += len(batch)
     return total / count / costs.dense

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from gatefit.decisions import Placement
 from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.plan import BlockPlan, Observed, plan_block
 from gatefit.deployment.region import Region
-from gatefit.gating.cost import Placement
 from gatefit.gating.gates import gates_of
 
 ROUNDS = 7

@@ -2,18 +2,14 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 
+from gatefit.decisions import BlockDecision, Decisions, Placement
 from gatefit.gating.gates import gates_of, outputs_of
 from gatefit.graph.macs import layer_name, node_macs
 from gatefit.graph.trace import propagate_shapes
-
-Placement = Literal["sequential", "parallel"]
-"""sequential: gates run first, so all that is closed is saved. parallel: gates run beside the first
-layer of the branch, which always runs whole; no latency is added."""
 
 
 @dataclass(frozen=True)
@@ -40,31 +36,65 @@ class BlockCost:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """MACs per image of a gated network at a given image size."""
+class GateCosts:
+    """MACs per image of a gated network at one image size (see `gatefit.decisions.Costs`)."""
 
     base: int
     """All that no gate controls."""
     blocks: tuple[BlockCost, ...]
+    """Outer blocks before those in their branches."""
 
     @property
     def dense(self) -> int:
-        """The original network."""
+        """MACs of the original network."""
         return self.base + sum(b.branch for b in self.blocks)
+
+    @property
+    def parents(self) -> dict[str, str | None]:
+        """Each block and the block in whose branch it lies, outer blocks first."""
+        return {b.name: b.parent for b in self.blocks}
+
+    def per_image(self, decisions: Decisions, placement: Placement = "sequential") -> Tensor:
+        """Add up the MACs of each image, gates included: (B,) float64."""
+        running: dict[str, Tensor] = {}
+        total: Tensor | None = None
+        for cost in self.blocks:
+            decided = decisions.blocks[cost.name]
+            given = decided.runs if decided.runs is not None else decided.units
+            assert given is not None
+            if total is None:
+                total = torch.full((len(given),), float(self.base), dtype=torch.float64, device=given.device)
+            one = torch.ones_like(total)
+            reached = running.get(cost.parent or "", one)
+            runs = reached * (one if decided.runs is None else decided.runs.double())
+            running[cost.name] = runs
+            share = one if decided.units is None else decided.units.double().mean(1)
+            if placement == "sequential":
+                first = runs * cost.first * (share if cost.first_scaled else one)
+            else:
+                first = reached * cost.first
+            total = total + reached * cost.gate + first + runs * (cost.fixed + cost.scaled * share)
+        assert total is not None
+        return total
 
 
 @dataclass(frozen=True)
-class Opens:
-    """Which gates of one block are open for each image of a batch."""
+class GateDecider:
+    """The gates of a network as what decides in it (see `gatefit.decisions.Decider`)."""
 
-    block: Tensor | None
-    """(B,) bool; None: no block gate."""
-    channel: Tensor | None
-    """(B, units) bool; None: no channel gate."""
+    gated: fx.GraphModule
+
+    def costs(self, image_shape: tuple[int, ...]) -> GateCosts:
+        """Compute the MACs of the network for images of shape (C, H, W); see `costs_of`."""
+        return costs_of(self.gated, image_shape)
+
+    def decisions(self) -> Decisions:
+        """Tell which gates were open in the last forward; see `decisions_of`."""
+        return decisions_of(self.gated)
 
 
-def costs_of(gated: fx.GraphModule, image_shape: tuple[int, ...]) -> Costs:
-    """MACs of a gated network for images of shape (C, H, W).
+def costs_of(gated: fx.GraphModule, image_shape: tuple[int, ...]) -> GateCosts:
+    """Compute the MACs of a gated network for images of shape (C, H, W), from its graph.
 
     Raises:
         ConversionError: the network does not take images of that shape.
@@ -92,8 +122,8 @@ def costs_of(gated: fx.GraphModule, image_shape: tuple[int, ...]) -> Costs:
             )
         )
     parents = {b.name: b.parent for b in blocks}
-    blocks.sort(key=lambda b: _depth(b.name, parents))  # outer blocks first, as macs_per_image needs them
-    return Costs(sum(macs.values()) - sum(b.branch for b in blocks), tuple(blocks))
+    blocks.sort(key=lambda b: _depth(b.name, parents))  # outer blocks first, as `GateCosts.per_image` needs them
+    return GateCosts(sum(macs.values()) - sum(b.branch for b in blocks), tuple(blocks))
 
 
 def _depth(name: str, parents: dict[str, str | None]) -> int:
@@ -102,36 +132,18 @@ def _depth(name: str, parents: dict[str, str | None]) -> int:
     return 0 if parent is None else 1 + _depth(parent, parents)
 
 
-def opens_of(gated: nn.Module) -> dict[str, Opens]:
-    """What was open in the last forward, by block name."""
-    return {
-        gate.of.name: Opens(
-            None if out.block is None else out.block.detach()[:, 0] > 0,
-            None if out.channel is None else out.channel.detach() > 0,
-        )
-        for gate, out in outputs_of(gated)
-    }
+def decisions_of(gated: nn.Module) -> Decisions:
+    """Tell which gates were open for each image of the last forward.
 
-
-def macs_per_image(costs: Costs, opens: dict[str, Opens], placement: Placement = "sequential") -> Tensor:
-    """MACs of each image, gates included: (B,) float64."""
-    running: dict[str, Tensor] = {}
-    total: Tensor | None = None
-    for cost in costs.blocks:
-        open_ = opens[cost.name]
-        known = open_.block if open_.block is not None else open_.channel
-        assert known is not None
-        if total is None:
-            total = torch.full((known.shape[0],), float(costs.base), dtype=torch.float64, device=known.device)
-        one = torch.ones_like(total)
-        reached = running.get(cost.parent or "", one)
-        runs = reached * (one if open_.block is None else open_.block.double())
-        running[cost.name] = runs
-        share = one if open_.channel is None else open_.channel.double().mean(1)
-        if placement == "sequential":
-            first = runs * cost.first * (share if cost.first_scaled else one)
-        else:
-            first = reached * cost.first
-        total = total + reached * cost.gate + first + runs * (cost.fixed + cost.scaled * share)
-    assert total is not None
-    return total
+    Raises:
+        GatefitError: the network has no gates, or no forward has been run.
+    """
+    return Decisions(
+        {
+            gate.of.name: BlockDecision(
+                None if out.block is None else out.block.detach()[:, 0] > 0,
+                None if out.channel is None else out.channel.detach() > 0,
+            )
+            for gate, out in outputs_of(gated)
+        }
+    )

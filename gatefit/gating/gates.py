@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,22 +45,39 @@ class GateOutputs:
     """Pre-activations of the channel gate, (B, units), float."""
 
 
-class Gate(nn.Module):
-    """L-Net and C-Net of one block on one shared pooling: S = ReLU1(FC(GAP(x))).
+class GateResult(NamedTuple):
+    """What a gate gives to the graph. The graph picks the parts by their place, so the order is part of it."""
 
-    It starts as the identity: weight 0 and bias 1, so that every salience is exactly 1.
+    block: Tensor | None
+    """Salience of the block, (B, 1), in [0, 1]; None: no block gate."""
+    channel: Tensor | None
+    """Saliences of the channel units, (B, units), in [0, 1]; None: no channel gate."""
+    compensation: Tensor | None
+    """What closed units leave behind in the layer that reads them, (B, channels); None: nothing."""
+
+
+class Gate(nn.Module):
+    """Gates one block: L-Net and C-Net on one shared pooling, S = ReLU1(FC(GAP(x))).
+
+    A fresh gate is the identity: weight 0 and bias 1, so that every salience is exactly 1.
+
+    Example: the input of a block has 16 channels, and conv1 makes 32 of them, which conv2 reads. The gate pools the
+    input to 16 numbers. L-Net, a layer of 16 x 1 weights, turns them into the salience of the block; C-Net, a layer of
+    16 x 32 weights, into the saliences of the 32 units.
+
+    A closed unit can leave its prediction behind (compensation; not in the paper). The layer that reads the units then
+    adds compensation((1 - S_C) * max(z + threshold, 0) / 8) to each position, where z are C-Net's pre-activations. It
+    is 0 at the start.
 
     Args:
         of: the block that it gates.
         gates: "lc" for both gates, "l" for the block gate alone, "c" for the channel gate alone.
         form: see `GateForm`.
-        fill: whether closed units leave behind what they were predicted to be: the layer that reads them gets
-            fill((1 - S_C) * max(z + lowered, 0) / 8) added to each position, where z are the pre-activations. Not
-            in the paper; 0 at the start.
+        compensation: whether closed units leave their prediction behind.
     """
 
     threshold: Tensor
-    """By how much each pre-activation was lowered since the start, (units,); only with a fill."""
+    """How far each pre-activation was lowered since the start, (units,) float; only with a compensation."""
 
     def __init__(
         self, of: ResidualBlock, gates: str = "lc", form: GateForm = "relu1", compensation: bool = False
@@ -80,43 +97,46 @@ class Gate(nn.Module):
 
     @property
     def layers(self) -> list[nn.Linear]:
-        """L-Net's and C-Net's layer: what `finetune.gate_lr` is the rate of."""
+        """The layers of L-Net and C-Net, which learn at a rate of their own (`gate_lr`)."""
         return [fc for fc in (self.block, self.channel) if fc is not None]
 
     @property
     def macs(self) -> int:
-        """MACs per image of the gate itself."""
+        """MACs of the gate itself, per image."""
         compensations = [] if self.compensation is None else [self.compensation]
         return sum(fc.in_features * fc.out_features for fc in self.layers + compensations)
 
     def pool(self, x: Tensor) -> Tensor:
-        """Global average pooling of the block's input over all but batch and channels: (B, features)."""
+        """Average the block's input, (B, ...), over all axes but batch and channels: (B, features)."""
         axes = [a for a in range(1, x.dim()) if a != self.of.entry_axis]
         return x.mean(axes) if axes else x
 
-    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Saliences in [0, 1] of the block, (B, 1), and of its units, (B, units); and the fill, (B, channels)."""
+    def forward(self, x: Tensor) -> GateResult:
+        """Compute saliences and compensation from the block's input, (B, ...)."""
         # Straight-through slopes teach the gate; passed on to the layers before it they were noise that cost points.
         pooled = self.pool(x.detach() if self.form == "step" else x)
         block = None if self.block is None else _linear(self.block, pooled)
         channel = None if self.channel is None else _linear(self.channel, pooled)
         self.outputs = GateOutputs(block, channel)
-        whole = None if block is None else self.salience(block)
+        block_salience = None if block is None else self.salience(block)
         if channel is None:
-            return whole, None, None
+            return GateResult(block_salience, None, None)
         salience = self.salience(channel)
         if self.compensation is None:
-            return whole, salience, None
-        return whole, salience, _linear(self.compensation, self._closed_predictions(channel, salience))
+            return GateResult(block_salience, salience, None)
+        left_behind = _linear(self.compensation, self._closed_predictions(channel, salience))
+        return GateResult(block_salience, salience, left_behind)
 
-    def opened(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What `forward` would give if every unit and the block were open: saliences 1, fill 0."""
+    def opened(self, x: Tensor) -> GateResult:
+        """Give what `forward` would if every unit and the block were open: saliences 1, compensation 0."""
         one, zero = x.new_ones(x.shape[0], 1), x.new_zeros(x.shape[0], 1)
         block, channel = (None if fc is None else one.expand(-1, fc.out_features) for fc in (self.block, self.channel))
-        return block, channel, None if self.compensation is None else zero.expand(-1, self.compensation.out_features)
+        return GateResult(
+            block, channel, None if self.compensation is None else zero.expand(-1, self.compensation.out_features)
+        )
 
     def closed_predictions(self, x: Tensor) -> Tensor:
-        """What closed units were predicted to be, 0 for open ones: the input of the fill, (B, units)."""
+        """Predict the closed units from the block's input, 0 for open ones: what the compensation reads, (B, units)."""
         assert self.channel is not None
         logits = _linear(self.channel, self.pool(x))
         return self._closed_predictions(logits, self.salience(logits))
@@ -125,11 +145,14 @@ class Gate(nn.Module):
         return (1 - salience) * self.predicted(logits)
 
     def predicted(self, logits: Tensor) -> Tensor:
-        """What pre-activations say of the units, open or closed; scaled so that the fill learns as other layers do."""
+        """Turn pre-activations into predictions of the units, open or closed, (B, units).
+
+        They are scaled so that the compensation learns as fast as other layers do.
+        """
         return (logits + self.threshold).clamp_min(0) / 8
 
     def salience(self, logits: Tensor) -> Tensor:
-        """Salience of each pre-activation; leaky in training."""
+        """Turn pre-activations into saliences; leaky in training."""
         if self.form == "step":
             return step(logits)
         return relu1(logits, LEAK if self.training else 0.0)

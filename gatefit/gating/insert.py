@@ -1,22 +1,21 @@
 """Retrofit: rewrite a traced network so that every block runs under its gates."""
 
 import operator
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError, RecipeError
-from gatefit.gating.gates import PREFIX, Gate, GateForm
+from gatefit.gating.gates import PREFIX, Gate, GateForm, GateResult
+from gatefit.gating.info import GatedInfo, GateKinds, set_info
 from gatefit.gating.verify import verify
 from gatefit.graph.blocks import FoundBlocks, ResidualBlock, match_blocks
 from gatefit.graph.channels import with_channel_units
+from gatefit.graph.edit import insert_behind
 from gatefit.graph.ops import add_compensation, harden, scale
 from gatefit.graph.trace import trace
 from gatefit.inputs.models import input_spec, recognise
-
-GateKinds = Literal["lc", "l", "c"]
 
 
 def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
@@ -47,7 +46,7 @@ def retrofit(
 
     The copy computes the same function until the gates are trained. It keeps the original state-dict keys;
     what is new stands under `gatefit.`. `model` stays as it is. The conversion is checked before it is returned
-    (see `gatefit.gating.verify`); what was checked stands in `.meta["verification"]`.
+    (see `gatefit.gating.verify`); what was checked stands in `gatefit.gating.info.info_of(gated).verification`.
 
     Args:
         model: the trained network; weights, mode and hooks are left untouched.
@@ -65,8 +64,7 @@ def retrofit(
     """
     example = default_example(model) if example is None else example
     gated = rewrite(model, example, gates, form, compensation)
-    gated.meta["reference"] = recognise(model)
-    gated.meta["verification"] = verify(model, gated, _random_like(model, example))
+    set_info(gated, reference=recognise(model), verification=verify(model, gated, _random_like(model, example)))
     return gated
 
 
@@ -84,14 +82,15 @@ def rewrite(
         raise ConversionError(no_block_message(type(model).__name__, found))
     nodes = {node.name: node for node in traced.graph.nodes}
     traced.add_module(PREFIX, nn.Module())
-    saliences = [_insert_gate(traced, nodes, block, Gate(block, gates, form, compensation)) for block in chosen]
-    for block, parts in zip(chosen, saliences, strict=True):
-        _insert_scales(traced.graph, nodes, block, *parts)
+    inserted = [_insert_gate(traced, nodes, block, Gate(block, gates, form, compensation)) for block in chosen]
+    for block, parts in zip(chosen, inserted, strict=True):
+        _insert_compensation(traced.graph, nodes, block, parts.compensation)
+        _insert_masks(traced.graph, nodes, block, parts.channel)
+        _insert_skip(traced.graph, nodes, block, parts.block)
     traced.graph.lint()
     traced.recompile()
-    traced.meta["gates"] = gates
-    traced.meta["compensation"] = compensation
-    traced.meta["input"] = replace(input_spec(model), shape=_image_shape(example))
+    spec = replace(input_spec(model), shape=_image_shape(example))
+    set_info(traced, GatedInfo(gates, form, compensation, spec))
     return traced
 
 
@@ -132,10 +131,17 @@ def _find(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoundBlock
     return traced, with_channel_units(traced, match_blocks(traced))
 
 
-def _insert_gate(
-    traced: fx.GraphModule, nodes: dict[str, fx.Node], block: ResidualBlock, gate: Gate
-) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
-    """Put a block's gate right behind the block's entry; return what it gives (block, channel, fill)."""
+@dataclass(frozen=True)
+class _GateNodes:
+    """The nodes of what a gate gives; None: it has no such part. See `gatefit.gating.gates.GateResult`."""
+
+    block: fx.Node | None
+    channel: fx.Node | None
+    compensation: fx.Node | None
+
+
+def _insert_gate(traced: fx.GraphModule, nodes: dict[str, fx.Node], block: ResidualBlock, gate: Gate) -> _GateNodes:
+    """Put a block's gate right behind the block's entry."""
     entry = nodes[block.entry]
     parameter = next(traced.parameters())
     holder = traced.get_submodule(PREFIX)
@@ -144,42 +150,44 @@ def _insert_gate(
         name += "_"
     holder.add_module(name, gate.to(parameter.device, parameter.dtype).train(traced.training))
     with traced.graph.inserting_after(entry):
-        given = traced.graph.call_module(f"{PREFIX}.{name}", (entry,))
-    parts = []
-    for i, fc in enumerate((gate.block, gate.channel, gate.compensation)):
-        with traced.graph.inserting_after(given):
-            parts.append(None if fc is None else traced.graph.call_function(operator.getitem, (given, i)))
-    return parts[0], parts[1], parts[2]
+        result = traced.graph.call_module(f"{PREFIX}.{name}", (entry,))
+    parts: dict[str, fx.Node | None] = {}
+    for index, part in enumerate(GateResult._fields):
+        with traced.graph.inserting_after(result):
+            there = getattr(gate, part) is not None
+            parts[part] = traced.graph.call_function(operator.getitem, (result, index)) if there else None
+    return _GateNodes(**parts)
 
 
-def _insert_scales(
-    graph: fx.Graph,
-    nodes: dict[str, fx.Node],
-    block: ResidualBlock,
-    whole: fx.Node | None,
-    channel: fx.Node | None,
-    compensation: fx.Node | None,
+def _insert_compensation(
+    graph: fx.Graph, nodes: dict[str, fx.Node], block: ResidualBlock, compensation: fx.Node | None
 ) -> None:
-    """Multiply by the saliences: the channels at their masks, the whole branch before the add; and fill."""
-    if compensation is not None and block.channel_units is not None and block.channel_units.consumer is not None:
-        reader = nodes[block.channel_units.consumer.node]
-        with graph.inserting_after(reader):
-            compensated = graph.call_function(
-                add_compensation, (reader, compensation, block.channel_units.consumer.axis)
-            )
-        reader.replace_all_uses_with(compensated, delete_user_cb=lambda user: user is not compensated)
+    """Add the compensation to the output of the layer that reads the channels."""
+    consumer = block.channel_units.consumer if block.channel_units is not None else None
+    if compensation is None or consumer is None:
+        return
+    reader = nodes[consumer.node]
+    insert_behind(graph, reader, add_compensation, (compensation, consumer.axis))
+
+
+def _insert_masks(graph: fx.Graph, nodes: dict[str, fx.Node], block: ResidualBlock, channel: fx.Node | None) -> None:
+    """Multiply the channels by their saliences, at each place that masks them."""
     for mask in block.channel_units.masks if channel is not None and block.channel_units is not None else ():
         masked = nodes[mask.node]
-        with graph.inserting_after(masked):
-            salience = graph.call_function(harden, (channel,)) if mask.hard else channel
-        with graph.inserting_after(salience if mask.hard else masked):
-            scaled = graph.call_function(scale, (masked, salience, mask.axis, mask.per_unit))
-        masked.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)  # noqa: B023
-    if whole is not None:
-        add = nodes[block.add]
-        current = nodes[block.output]
-        if current not in add.all_input_nodes:  # the branch ends in the layer that is filled
-            current = next(u for u in current.users if u.target is add_compensation)
-        with graph.inserting_before(add):
-            scaled = graph.call_function(scale, (current, whole, 1))
-        add.replace_input_with(current, scaled)
+        salience, behind = channel, masked
+        if mask.hard:
+            with graph.inserting_after(masked):
+                salience = behind = graph.call_function(harden, (channel,))
+        insert_behind(graph, masked, scale, (salience, mask.axis, mask.per_unit), behind)
+
+
+def _insert_skip(graph: fx.Graph, nodes: dict[str, fx.Node], block: ResidualBlock, salience: fx.Node | None) -> None:
+    """Multiply the whole branch by the block's salience, right before the addition."""
+    if salience is None:
+        return
+    add, output = nodes[block.add], nodes[block.output]
+    if output not in add.all_input_nodes:  # the branch ends in the layer that is compensated
+        output = next(u for u in output.users if u.target is add_compensation)
+    with graph.inserting_before(add):
+        scaled = graph.call_function(scale, (output, salience, 1))
+    add.replace_input_with(output, scaled)

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import nn
 
-from gatefit.gating.cost import Costs, Opens, macs_per_image
+from gatefit.decisions import BlockDecision, Decisions
+from gatefit.gating.cost import GateCosts
 from gatefit.gating.gates import outputs_of
 
 GAIN = 0.1
@@ -31,7 +32,7 @@ def lower(gated: nn.Module, shift: float, min_open: float = 0.0) -> None:
                         gate.threshold.add_(by)
 
 
-def threshold_for(gated: nn.Module, costs: Costs, target: float, min_open: float = 0.0) -> float:
+def threshold_for(gated: nn.Module, costs: GateCosts, target: float, min_open: float = 0.0) -> float:
     """The shift at which the last batch would run the share `target` of the dense network's MACs."""
     outputs = {gate.of.name: out for gate, out in outputs_of(gated)}
     most = {
@@ -42,14 +43,14 @@ def threshold_for(gated: nn.Module, costs: Costs, target: float, min_open: float
     }
 
     def share(shift: float) -> float:
-        opens = {
-            name: Opens(
+        decisions = {
+            name: BlockDecision(
                 None if o.block is None else o.block.detach()[:, 0] > min(shift, most[name, "block"]),
                 None if o.channel is None else o.channel.detach() > min(shift, most[name, "channel"]),
             )
             for name, o in outputs.items()
         }
-        return float(macs_per_image(costs, opens).mean()) / costs.dense
+        return float(costs.per_image(Decisions(decisions)).mean()) / costs.dense
 
     every = [x.detach() for o in outputs.values() for x in (o.block, o.channel) if x is not None]
     low = min(float(x.min()) for x in every) - 1
@@ -61,11 +62,11 @@ def threshold_for(gated: nn.Module, costs: Costs, target: float, min_open: float
 
 
 def price_threshold(l1: float, factor: float) -> float:
-    """Threshold on the pre-activations for an L1 coefficient; `factor` is what `start_from_data` returned."""
+    """Threshold on the pre-activations for an L1 coefficient; `factor` is what `initialise_from_data` returned."""
     return factor * math.sqrt(2 * l1)
 
 
-def smallest_share(costs: Costs, min_open: float) -> float:
+def smallest_share(costs: GateCosts, min_open: float) -> float:
     """The share of MACs that is left when all gates are closed as far as the guard lets them."""
     least = float(costs.base)
     running: dict[str, float] = {}

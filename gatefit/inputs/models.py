@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import importlib.util
 import inspect
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from gatefit.errors import ModelError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+HUB = "hf-hub:"
+"""What timm's names of networks on the Hugging Face Hub begin with."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,13 @@ class ModelReference:
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def on_hub(self) -> bool:
+        """Whether timm takes it from the Hugging Face Hub."""
+        return self.source == "timm" and self.name.startswith(HUB)
+
     def __str__(self) -> str:
-        return self.name if self.source == "file" else f"{self.source}/{self.name}"
+        return self.name if self.source == "file" or self.on_hub else f"{self.source}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,16 @@ class InputSpec:
 
 
 def parse_reference(text: str, base: Path | None = None) -> ModelReference:
-    """Read "NAME", "timm/NAME", "torchvision/NAME" or "file.py:function" (relative to `base`).
+    """Read "NAME", "timm/NAME", "torchvision/NAME", "hf-hub:USER/NAME" or "file.py:function" (relative to `base`).
 
     Raises:
-        ModelError: no such model, with the nearest names; or no such file.
+        ModelError: no such model, with the nearest names; or no such file. Names on the Hub are looked up by `build`.
     """
+    prefix, colon, repository = text.partition(":")
+    if colon and prefix.replace("_", "-") + colon == HUB:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", repository):
+            raise ModelError(f"'{text}' names no network on the Hugging Face Hub; write {HUB}USER/NAME")
+        return ModelReference("timm", HUB + repository)
     if ".py:" in text:
         path, function = text.rsplit(":", 1)
         file = Path(path) if base is None or Path(path).is_absolute() else base / path
@@ -100,6 +113,8 @@ def build(reference: ModelReference, pretrained: bool = False) -> nn.Module:
             weights = "DEFAULT" if pretrained else None
             model = torchvision.models.get_model(reference.name, weights=weights, **reference.arguments)
     except Exception as error:
+        if reference.on_hub:
+            raise ModelError(f"{reference} could not be fetched from the Hugging Face Hub ({_short(error)})") from error
         if pretrained:
             raise ModelError(
                 f"the pretrained weights of {reference} could not be fetched ({_short(error)}); "
@@ -107,6 +122,21 @@ def build(reference: ModelReference, pretrained: bool = False) -> nn.Module:
             ) from error
         raise ModelError(f"{reference} cannot be built: {_short(error)}") from error
     return model.eval()
+
+
+def from_registry(reference: ModelReference) -> ModelReference:
+    """Return the architecture of a Hub name by its name in timm's own registry, which takes no download to build.
+
+    Other references are returned as they are; so is a Hub name whose description cannot be fetched (again).
+    """
+    if not reference.on_hub:
+        return reference
+    try:
+        config, name, arguments = timm.models.load_model_config_from_hf(reference.name.removeprefix(HUB))
+    except Exception:
+        return reference
+    kept = {k: config[k] for k in ("num_classes", "global_pool") if config.get(k) is not None}
+    return ModelReference("timm", name, {**kept, **(arguments or {}), **reference.arguments})
 
 
 def skeleton(reference: ModelReference) -> nn.Module:

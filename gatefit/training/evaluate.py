@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.errors import DataError
-from gatefit.gating.cost import Opens, costs_of, macs_per_image, opens_of
+from gatefit.gating.cost import GateDecider
+from gatefit.gating.info import info_of
 from gatefit.inputs.data import Source, as_images, normalise
 from gatefit.inputs.loader import loader
 from gatefit.inputs.models import output_count
@@ -83,19 +84,20 @@ def evaluate(
     Raises:
         DataError: there are no images.
     """
-    spec = gated.meta["input"]
+    spec = info_of(gated).input
     images = as_images(data, spec).test
     if not len(images):
         raise DataError("there are no images to evaluate on")
     labelled = images.fits(output_count(gated, spec))
     device = next(gated.parameters()).device
-    costs = costs_of(gated, spec.shape)
+    decider = GateDecider(gated)
+    costs = decider.costs(spec.shape)
     training = gated.training
     gated.eval()
     teacher = copy.deepcopy(teacher).to(device).eval() if teacher is not None else None
     same = dense_right = 0
     sequential, parallel, answers, truth = [], [], [], []
-    opened_masks: dict[str, list[Tensor]] = {c.name: [] for c in costs.blocks}
+    opened_masks: dict[str, list[Tensor]] = {name: [] for name in costs.parents}
     indices = torch.arange(len(images)).split(BATCH)
     done = 0
     for batch, labels, _ in loader(images, [i.tolist() for i in indices]):
@@ -107,12 +109,12 @@ def evaluate(
             wanted = teacher(x).argmax(1).cpu()
             same += int((answer == wanted).sum())
             dense_right += int((wanted == labels).sum())
-        opened = opens_of(gated)
-        sequential.append(macs_per_image(costs, opened).cpu())
-        parallel.append(macs_per_image(costs, opened, "parallel").cpu())
-        for cost in costs.blocks:
-            outer = opened_masks[cost.parent][-1][:, :1] if cost.parent else True  # what is skipped runs no inner block
-            opened_masks[cost.name].append(_mask(opened[cost.name]) & outer)
+        decided = decider.decisions()
+        sequential.append(costs.per_image(decided).cpu())
+        parallel.append(costs.per_image(decided, "parallel").cpu())
+        for name, parent in costs.parents.items():
+            outer = opened_masks[parent][-1][:, :1] if parent else True  # what is skipped runs no inner block
+            opened_masks[name].append(decided.blocks[name].mask.cpu() & outer)
         done += len(labels)
         if report is not None:
             report(done, len(images))
@@ -134,15 +136,6 @@ def evaluate(
         labels=labels if labelled else None,
         masks=masks,
     )
-
-
-def _mask(opens: Opens) -> Tensor:
-    """(B, 1 + units) bool: whether the block ran, and which of its units."""
-    some = opens.block if opens.block is not None else opens.channel
-    assert some is not None
-    block = opens.block[:, None] if opens.block is not None else torch.ones_like(some[:, :1])
-    channel = opens.channel & block if opens.channel is not None else block[:, :0]
-    return torch.cat([block, channel], 1).cpu()
 
 
 def _use(name: str, masks: Tensor) -> GateUse:

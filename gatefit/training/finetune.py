@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.errors import RecipeError
-from gatefit.gating.cost import costs_of, macs_per_image, opens_of
+from gatefit.gating.cost import costs_of, decisions_of
 from gatefit.gating.gates import gates_of
-from gatefit.gating.initialise import Tick, start_from_data
+from gatefit.gating.info import info_of
+from gatefit.gating.initialise import Tick, initialise_from_data
 from gatefit.gating.penalty import salience_penalty
 from gatefit.gating.reconstruct import images_that_fit, reconstruct
 from gatefit.gating.threshold import GAIN, lower, price_threshold, smallest_share, threshold_for
@@ -66,8 +67,8 @@ def finetune(
         TrainingError: the loss is not finite.
         CheckpointError: `checkpoint` is damaged or cannot be written.
     """
-    images = as_images(data, gated.meta["input"], seed).train
-    if not images.fits(output_count(gated, gated.meta["input"])):
+    images = as_images(data, info_of(gated).input, seed).train
+    if not images.fits(output_count(gated, info_of(gated).input)):
         images = images.unlabelled()
     settings = _resolved(settings or FinetunePart(), l1, target, start, teacher is not None)
     check_settings(gated, images, settings, start)
@@ -78,7 +79,7 @@ def finetune(
     trainer = Trainer(
         gated,
         images,
-        gated.meta["input"],
+        info_of(gated).input,
         settings,
         stage="fine-tune",
         seed=seed,
@@ -119,7 +120,7 @@ def check_settings(gated: fx.GraphModule, images: ImageSet, settings: FinetunePa
     if settings.target is not None:
         if start != "data":
             raise RecipeError("a target needs gates.start = 'data'; with 'identity' use l1")
-        least = smallest_share(costs_of(gated, gated.meta["input"].shape), settings.min_open)
+        least = smallest_share(costs_of(gated, info_of(gated).input.shape), settings.min_open)
         if settings.target < least:
             raise RecipeError(
                 f"target {settings.target} cannot be reached: {least:.3f} of the MACs are out of the gates' reach"
@@ -175,14 +176,14 @@ class GateClosing:
         # Gates that learn keep what they have learnt, and a salience between 0 and 1 what reads it is used to.
         hard = all(gate.form == "step" for gate in gates_of(gated).values())
         self.reinits = settings.gate_reinits if start == "data" and hard and not settings.gate_lr else 0
-        self.costs = costs_of(gated, gated.meta["input"].shape)
+        self.costs = costs_of(gated, info_of(gated).input.shape)
 
     def begin(self) -> None:
         """Set the gates' weights; without a ramp also close them, and refit what reads them."""
         s = self.settings
         if self.start != "data":
             return
-        self.factor = start_from_data(self.gated, self.images, seed=self.seed, tick=self._ticking("start"))
+        self.factor = initialise_from_data(self.gated, self.images, seed=self.seed, tick=self._ticking("start"))
         if self.ramp:
             return
         self.gated.eval()
@@ -200,7 +201,7 @@ class GateClosing:
 
     def share(self) -> float:
         """Share of the dense MACs that the last forward ran."""
-        return float(macs_per_image(self.costs, opens_of(self.gated)).mean()) / self.costs.dense
+        return float(self.costs.per_image(decisions_of(self.gated)).mean()) / self.costs.dense
 
     def penalty(self) -> Tensor | None:
         """The L1 term of the last forward."""
@@ -225,7 +226,7 @@ class GateClosing:
     def _reinitialise(self, seed: int, ramped: float) -> None:
         """Set the gates' weights anew, from what their units do for the network as it is by now."""
         s = self.settings
-        self.factor = start_from_data(self.gated, self.images, seed=seed, tick=self._ticking("renew"))
+        self.factor = initialise_from_data(self.gated, self.images, seed=seed, tick=self._ticking("renew"))
         self._meet(price_threshold((s.l1 or 0.0) * ramped**2, self.factor), ramped)
         self.gated.train()
 
@@ -267,4 +268,4 @@ class GateClosing:
             x = pixels.to(next(self.gated.parameters()).device)
             if augmented and pixels.dtype == torch.uint8:
                 x = augment(x, index, len(self.images), self.seed, -1, self.settings.flip)
-            yield normalise(x, self.gated.meta["input"])
+            yield normalise(x, info_of(self.gated).input)

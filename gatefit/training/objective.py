@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError
 from gatefit.gating.gates import PREFIX, gates_of
+from gatefit.gating.info import info_of
 from gatefit.graph.fold import fold_batch_norms
 from gatefit.recipe import FinetunePart
 
@@ -68,7 +69,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.blocks: tuple[str, ...] = ()
         try:
-            shape = student.meta["input"].shape if isinstance(student, fx.GraphModule) else None
+            shape = info_of(student).input.shape if isinstance(student, fx.GraphModule) else None
             self.network: nn.Module = fold_batch_norms(original, None if shape is None else torch.zeros(2, *shape))
             if features and isinstance(student, fx.GraphModule) and _is_original(original, student):
                 every = math.ceil(len(gates_of(student)) / COMPARED)

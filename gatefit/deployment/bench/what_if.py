@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.gating.cost import costs_of, macs_per_image, opens_of
+from gatefit.gating.cost import costs_of, decisions_of
 from gatefit.gating.gates import Gate, before_gates
 
 ALIVE = 0.5
@@ -31,7 +31,7 @@ def set_share(gated: fx.GraphModule, images: Tensor, share: float, masks: int = 
 
     def reached(closed: float) -> float:
         _close(gated, images, closed, masks, seed)
-        return float(macs_per_image(costs, opens_of(gated)).mean()) / costs.dense
+        return float(costs.per_image(decisions_of(gated)).mean()) / costs.dense
 
     low, high = 0.0, 1.0
     for _ in range(ROUNDS):

@@ -1,4 +1,4 @@
-"""Which blocks, convolutions and poolings of a deployed network run in one call."""
+"""Join the blocks, convolutions and poolings of a deployed network that can run in one call."""
 
 from torch import fx, nn
 
@@ -8,16 +8,18 @@ from gatefit.graph.trace import module_of
 
 
 def join_chains(network: fx.GraphModule) -> fx.GraphModule:
-    """Run each convolution that the kernels know as a `ChainBlocks`, make one of all that follow each other; in place.
+    """Run each convolution that the kernels know as a `ChainBlocks`, and join all that follow each other; in place.
 
-    Two do if nothing else reads what is between them, but for the convolution that makes the second one's shortcut.
+    Two of them are joined if nothing else reads the value between them, except the convolution that makes the second
+    one's shortcut. Example: conv -> ReLU -> pooling -> block -> block becomes one `ChainBlocks` of three blocks: conv
+    and pooling make one `PlainBlock`.
     """
     with_gathered_convs(network)
     for node in network.graph.nodes:
-        link = _plain(module_of(network, node))
-        if link is not None and len(node.args) == 1:
-            node.target = f"{node.target}_{node.name}"  # what is called twice is two parts of chains
-            network.add_submodule(node.target, ChainBlocks([PlainBlock([link])]))
+        step = _step(module_of(network, node))
+        if step is not None and len(node.args) == 1:
+            node.target = f"{node.target}_{node.name}"  # a module that is called twice becomes two steps
+            network.add_submodule(node.target, ChainBlocks([PlainBlock([step])]))
     for node in network.graph.nodes:
         block = module_of(network, node)
         if not isinstance(block, ChainBlocks):
@@ -30,10 +32,10 @@ def join_chains(network: fx.GraphModule) -> fx.GraphModule:
                 continue
             assert isinstance(block.first, ChainBlock)
             block.first.projection = projection
-            block = ChainBlocks(block.blocks)  # the former one may have told the kernels of itself
+            block = ChainBlocks(block.blocks)  # the former one may have been prepared without projection
             network.set_submodule(str(node.target), block)
-            node.args, made = (before,), shortcuts[0]
-            network.graph.erase_node(made)
+            node.args = (before,)
+            network.graph.erase_node(shortcuts[0])
         if isinstance(former, ChainBlocks) and len(before.users) == 1:
             network.set_submodule(str(node.target), _joined(former, block))
             node.args = before.args
@@ -43,8 +45,8 @@ def join_chains(network: fx.GraphModule) -> fx.GraphModule:
     return network
 
 
-def _plain(module: nn.Module | None) -> Step | Pooling | None:
-    """A convolution, or pooling, as part of a chain; None for what the kernels do not know."""
+def _step(module: nn.Module | None) -> Step | Pooling | None:
+    """Make a step of a chain of a convolution or pooling; None for a module that the kernels do not know."""
     if isinstance(module, GatheredConv):
         return Step(module, False, False, module.bounds) if isinstance(module.after, nn.Identity) else None
     if type(module) not in (nn.MaxPool2d, ChannelsLastPool) or module.ceil_mode or module.return_indices:  # type: ignore[union-attr]
@@ -56,17 +58,19 @@ def _plain(module: nn.Module | None) -> Step | Pooling | None:
 
 
 def _joined(former: ChainBlocks, latter: ChainBlocks) -> ChainBlocks:
+    """Put two chains one behind the other; two `PlainBlock` that meet become one."""
     last, first = former.blocks[-1], latter.first
     if isinstance(last, PlainBlock) and isinstance(first, PlainBlock):
-        return ChainBlocks((*former.blocks[:-1], PlainBlock((*last.links, *first.links)), *latter.blocks[1:]))
+        return ChainBlocks((*former.blocks[:-1], PlainBlock((*last.steps, *first.steps)), *latter.blocks[1:]))
     return ChainBlocks((*former.blocks, *latter.blocks))
 
 
 def _projection(network: fx.GraphModule, node: fx.Node) -> PlainBlock | None:
-    """What makes the shortcut of a chain's first block of that block's input, and of nothing else."""
-    before, made = node.args
-    shortcut = module_of(network, made) if isinstance(made, fx.Node) else None
-    if not isinstance(shortcut, ChainBlocks) or made.args != (before,) or len(made.users) > 1:  # type: ignore[union-attr]
+    """Find the layer that makes the shortcut of a chain's first block from that block's input; None: there is none."""
+    before, shortcut = node.args
+    if not isinstance(shortcut, fx.Node) or shortcut.args != (before,) or len(shortcut.users) > 1:
         return None
-    plain = len(shortcut.blocks) == 1 and isinstance(shortcut.first, PlainBlock) and len(shortcut.first.links) == 1
-    return shortcut.first if plain else None  # type: ignore[return-value]
+    chain = module_of(network, shortcut)
+    if not isinstance(chain, ChainBlocks) or len(chain.blocks) > 1:
+        return None
+    return chain.first if isinstance(chain.first, PlainBlock) and len(chain.first.steps) == 1 else None

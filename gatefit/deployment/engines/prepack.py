@@ -1,8 +1,8 @@
-"""Convolutions with weights packed ahead for oneDNN, the activation and the addition behind them in the same call.
+"""Convolutions whose weights are packed ahead for oneDNN, with the sum and the activation behind them in the same call.
 
-At batch 1 a plain convolution spends more on packing its weights than on the work itself, at every call. The
-operators used here are what PyTorch's own compiler calls; where they are missing, or on another device than the CPU,
-plain calls give the same.
+At batch 1 a plain convolution spends more time on packing its weights, at every call, than on the work itself. The
+operators used here are the ones that PyTorch's own compiler calls. Where they are missing, and on other devices than
+the CPU, plain calls give the same.
 """
 
 import operator
@@ -18,7 +18,7 @@ from gatefit.graph.trace import module_of
 
 
 class PackedConv(nn.Module):
-    """A convolution, what is added to it, and its activation.
+    """A convolution, a sum behind it, and its activation.
 
     Args:
         conv: padded with zeros, by numbers.
@@ -32,22 +32,22 @@ class PackedConv(nn.Module):
         self.plain = PLAIN[activation]()
         self.packed: Tensor | None = None
 
-    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """activation(conv(x) + added), (B, C, H, W)."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Compute activation(conv(x) + residual) for x (B, C, H, W); a residual of None is not added."""
         conv = self.conv
         if self.packed is None:
             self.packed = _packed(conv, x)
         if self.packed is conv.weight or x.device.type != "cpu":
             value = conv(x)
-            result: Tensor = self.plain(value if added is None else value + added)
+            result: Tensor = self.plain(value if residual is None else value + residual)
             return result
         sizes = (conv.padding, conv.stride, conv.dilation, conv.groups)
         run = torch.ops.mkldnn._convolution_pointwise
-        if added is None:
+        if residual is None:
             result = run(x, self.packed, conv.bias, *sizes, self.activation, self.scalars, "")
         else:
             unary = None if self.activation == "none" else self.activation
-            result = run.binary(x, added, self.packed, conv.bias, *sizes, "add", 1.0, unary, self.scalars, "")
+            result = run.binary(x, residual, self.packed, conv.bias, *sizes, "add", 1.0, unary, self.scalars, "")
         return result
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class PackedConv(nn.Module):
 
 
 def _packed(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """The weights packed for inputs like x; as they are where that cannot be done."""
+    """Pack the weights for inputs like x; return them as they are where that cannot be done."""
     weight = conv.weight.detach()
     if x.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.enabled:
         return conv.weight
@@ -75,21 +75,25 @@ def prepack(network: fx.GraphModule) -> fx.GraphModule:
 
 
 def replace_convs(network: fx.GraphModule, make: Callable[[nn.Conv2d, str], nn.Module | None]) -> fx.GraphModule:
-    """Let `make(convolution, activation)` run every convolution it wants, and what stands right behind; in place.
+    """Replace convolutions, and the sum and activation right behind them, by what `make` makes of them; in place.
 
-    What it makes is called with the input, and where a branch is added to its shortcut there, the shortcut; of other
-    additions the shapes may differ.
+    Only the sum of a branch and its block's shortcut is taken over: the operands of other sums may differ in shape.
+    Example: in a branch, conv -> + shortcut -> ReLU becomes one module that is called with (x, shortcut).
+
+    Args:
+        make: from a convolution and the name of its activation (a key of `PLAIN`) to a module that is called with
+            (x,) or (x, shortcut); None leaves the convolution alone.
     """
     calls = [n.target for n in network.graph.nodes if n.op == "call_module"]
     for node in list(network.graph.nodes):
         conv = module_of(network, node)
         if type(conv) is not nn.Conv2d or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
             continue
-        last, added = node, None
+        last, residual = node, None
         if (user := _only_user(node)) is not None and user.target in (torch.add, operator.add):
             others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
             if len(others) == 1 and others[0].op == "placeholder" and others[0].target == SHORTCUT:
-                last, added = user, others[0]
+                last, residual = user, others[0]
         activation = "none"
         if (user := _only_user(last)) is not None and (name := activation_of(network, user)) is not None:
             last, activation = user, name
@@ -99,7 +103,7 @@ def replace_convs(network: fx.GraphModule, make: Callable[[nn.Conv2d, str], nn.M
         target = str(node.target) if calls.count(node.target) == 1 else f"{node.target}_{node.name}"
         network.add_submodule(target, made)
         with network.graph.inserting_before(last):
-            run = network.graph.call_module(target, node.args if added is None else (*node.args, added))
+            run = network.graph.call_module(target, node.args if residual is None else (*node.args, residual))
         last.replace_all_uses_with(run)
     network.graph.eliminate_dead_code()
     network.delete_all_unused_submodules()

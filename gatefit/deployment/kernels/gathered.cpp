@@ -1,63 +1,51 @@
-// Gated blocks, and the convolutions they are made of, for batches of images; called from Python.
+// The functions that Python calls, see abi.h: single convolutions, and blocks that are gated by step gates.
 
+#include <cstddef>
+#include <string>
+
+#include "abi.h"
 #include "narrow.h"
 #include "planes.h"
 
 namespace {
 
 constexpr int64_t GROUP = 16;  // images that share large weights
-constexpr int64_t NEAR = 1 << 17;  // values that stay in the second-level cache from one step to the next
+constexpr int64_t NEAR_VALUES = 1 << 17;  // values that stay in the second-level cache from one step to the next
 
-enum Kind : int64_t { CONVOLUTION, DEPTHWISE, MAX_POOLING };
-
-// A convolution in the chain of a branch; open_rows and open_columns say whether the open units are its rows, columns.
-struct Step {
-  const float *weight, *bias, *narrow;  // narrow: the weight as `NarrowConvolution` wants it, or null
-  int64_t rows, columns, kernel, stride, padding, kind, open_rows, open_columns, filled;
-  float lowest, highest;
-};
-
-// A block whose branch is a chain of convolutions, and its gates: one layer for both, (has_block + units, features); null
-// where nothing is gated. The branch is added to the block's input if `adds`; if there is an `aside`, to what that one
-// makes of the input; else to nothing.
-struct Block {
-  const float *gate_weight, *gate_bias, *fill, *lowered;  // fill (units, channels), or null
-  int64_t features, has_block, units, steps, adds;
-  const Step *step, *aside;
-  float lowest, highest;  // behind the sum
-};
-
-// bias + weight x for rows [begin, end) of a matrix (rows, count). Four at a time hide the wait for memory.
-void multiply_rows(const float* weight, const float* x, const float* bias, int64_t count, int64_t begin, int64_t end,
+// out[i] = bias[i] + sum over j of weight[i, j] * x[j] for i in [begin, end); weight (rows, n_in), x (n_in,). Four rows
+// at a time hide the wait for memory.
+void multiply_rows(const float* weight, const float* x, const float* bias, int64_t n_in, int64_t begin, int64_t end,
                    float* out) {
   for (int64_t r = begin; r < end; r += 4) {
     const int64_t last = end - 1;
-    const float *a = weight + r * count, *b = weight + std::min(r + 1, last) * count;
-    const float *c = weight + std::min(r + 2, last) * count, *d = weight + std::min(r + 3, last) * count;
+    const float *a = weight + r * n_in, *b = weight + std::min(r + 1, last) * n_in;
+    const float *c = weight + std::min(r + 2, last) * n_in, *d = weight + std::min(r + 3, last) * n_in;
     float sums[4] = {}, &s = sums[0], &t = sums[1], &u = sums[2], &v = sums[3];
 #pragma omp simd reduction(+ : s, t, u, v)
-    for (int64_t i = 0; i < count; ++i) s += a[i] * x[i], t += b[i] * x[i], u += c[i] * x[i], v += d[i] * x[i];
+    for (int64_t j = 0; j < n_in; ++j) s += a[j] * x[j], t += b[j] * x[j], u += c[j] * x[j], v += d[j] * x[j];
     for (int64_t i = 0; i < 4 && r + i < end; ++i) out[r + i] = bias[r + i] + sums[i];
   }
 }
 
-std::vector<float> logits_of(const Block& block, const float* image, int64_t pixels, int64_t threads) {
-  const int64_t count = block.has_block + block.units;
-  std::vector<float> pooled(block.features), logits(count);
-  each_of(block.features, block.features * pixels, threads, [&](int64_t c) {
+// The gates' logits (has_block + U,) for an image (C, H, W) of `pixels` = H * W.
+std::vector<float> logits_of(const BlockStruct& block, const float* image, int64_t pixels, int64_t threads) {
+  const int64_t n_logits = block.has_block + block.n_units;
+  std::vector<float> pooled(block.channels), logits(n_logits);
+  each_of(block.channels, block.channels * pixels, threads, [&](int64_t c) {
     float sum = 0.f;
     const float* plane = image + c * pixels;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < pixels; ++i) sum += plane[i];
     pooled[c] = sum / pixels;
   });
-  parts_of(count, count * block.features, threads, [&](int64_t begin, int64_t end) {
-    multiply_rows(block.gate_weight, pooled.data(), block.gate_bias, block.features, begin, end, logits.data());
+  parts_of(n_logits, n_logits * block.channels, threads, [&](int64_t begin, int64_t end) {
+    multiply_rows(block.gate_weight, pooled.data(), block.gate_bias, block.channels, begin, end, logits.data());
   });
   return logits;
 }
 
-// Call one(i, threads) for each image, or group of them: the threads share them, or where those are few, each one.
+// Call one(i, threads) for each image or group of images. Threads share them; where there are fewer than threads, all
+// threads share the work of each.
 template <typename One>
 void each_image(int64_t batch, int64_t threads, const One& one) {
   if (batch < threads) {
@@ -67,267 +55,335 @@ void each_image(int64_t batch, int64_t threads, const One& one) {
   Threads::share(threads, batch, [&](int64_t i) { one(i, 1); });
 }
 
-// One image on its way through a block's branch.
-struct Work {
-  const float *image, *shortcut;
+// One image within a block.
+struct ImageState {
+  const float *image, *residual;
   float* out;
-  std::vector<int64_t> open = {};
-  std::vector<float> left = {}, shifted = {};
+  std::vector<int64_t> open = {};  // units, ascending
+  std::vector<float> closed_predictions = {};  // (U,): max(z + threshold, 0) / 8 of closed units, 0 of open ones
+  std::vector<float> compensated_bias = {};
 };
 
-// Let an image's gates, which are steps, say what it opens. False: the block is skipped, and the image done.
-bool opens(const Block& block, Work& work, int64_t pixels, int64_t total, int64_t threads) {
+// Ask the gates what an image opens. Return false if it skips the branch; its result is then there.
+bool choose_open(const BlockStruct& block, ImageState& state, int64_t pixels, int64_t n_results, int64_t threads) {
   if (!block.gate_weight) return true;
-  const std::vector<float> logits = logits_of(block, work.image, pixels, threads);
+  const std::vector<float> logits = logits_of(block, state.image, pixels, threads);
   if (block.has_block && logits[0] <= 0.f) {
-    for (int64_t i = 0; i < total; ++i) work.out[i] = std::min(std::max(work.shortcut[i], block.lowest), block.highest);
+    for (int64_t i = 0; i < n_results; ++i)
+      state.out[i] = std::min(std::max(state.residual[i], block.lowest), block.highest);
     return false;
   }
-  const float* units = logits.data() + block.has_block;
-  for (int64_t u = 0; u < block.units; ++u)
-    if (units[u] > 0.f) work.open.push_back(u);
-  if (block.fill) {
-    work.left.resize(block.units);
-    for (int64_t u = 0; u < block.units; ++u)
-      work.left[u] = units[u] > 0.f ? 0.f : std::max(units[u] + block.lowered[u], 0.f) / 8;
+  const float* unit_logits = logits.data() + block.has_block;
+  for (int64_t u = 0; u < block.n_units; ++u)
+    if (unit_logits[u] > 0.f) state.open.push_back(u);
+  if (block.compensation) {
+    state.closed_predictions.resize(block.n_units);
+    for (int64_t u = 0; u < block.n_units; ++u)
+      state.closed_predictions[u] =
+          unit_logits[u] > 0.f ? 0.f : std::max(unit_logits[u] + block.threshold[u], 0.f) / 8;
   }
   return true;
 }
 
-// bias + what closed units leave behind, for channels [begin, end) of `channels`.
-void fill(const Block& block, Work& work, const float* bias, int64_t channels, int64_t begin, int64_t end) {
-  float* to = work.shifted.data();
+// compensated_bias = bias + sum over closed units of prediction * compensation, for output channels [begin, end).
+void compensate(const BlockStruct& block, ImageState& state, const float* bias, int64_t oc_total, int64_t begin,
+                int64_t end) {
+  float* to = state.compensated_bias.data();
   for (int64_t c = begin; c < end; ++c) to[c] = bias ? bias[c] : 0.f;
-  for (int64_t u = 0; u < block.units; ++u) {
-    const float left = work.left[u], *weight = block.fill + u * channels;
-    if (left == 0.f) continue;
-    for (int64_t c = begin; c < end; ++c) to[c] += left * weight[c];
+  for (int64_t u = 0; u < block.n_units; ++u) {
+    const float prediction = state.closed_predictions[u], *weight = block.compensation + u * oc_total;
+    if (prediction == 0.f) continue;
+    for (int64_t c = begin; c < end; ++c) to[c] += prediction * weight[c];
   }
 }
 
-Layout layout_of(const Step& step, int64_t height, int64_t width) {
+Layout layout_of(const StepStruct& step, int64_t height, int64_t width) {
   return {height, width, step.kernel, step.stride, step.padding};
 }
 
-// Of an image on its way.
+// The shape of an image.
 struct Size {
   int64_t channels, height, width;
   int64_t values() const { return channels * height * width; }
-  Size behind(const Block& block) const {
+  Size after(const BlockStruct& block) const {
     Size size = *this;
-    for (const Step* step = block.step; step < block.step + block.steps; ++step) {
+    for (const StepStruct* step = block.steps; step < block.steps + block.n_steps; ++step) {
       const Layout layout = layout_of(*step, size.height, size.width);
-      size = {step->rows, layout.out_height, layout.out_width};
+      size = {step->oc_total, layout.out_height, layout.out_width};
     }
     return size;
   }
 };
 
-// What a step is given for one image; see `Convolution`.
-struct Given {
+// The operands of a step for one image; see `Convolution`.
+struct Operands {
   const float *image, *bias;
-  const int64_t *rows, *columns;
-  const float* added;
+  const int64_t *oc, *ic;
+  const float* residual;
   float* out;
-  int64_t channels, count;
+  int64_t n_in, n_out;
 };
 
-// A step for images side by side.
-void run_step(const Step& step, const std::vector<Given>& all, const Layout& layout, int64_t threads) {
+// Run a step for images of one size.
+void run_step(const StepStruct& step, const std::vector<Operands>& all, const Layout& layout, int64_t threads) {
   const Bounds bounds = {step.lowest, step.highest};
   std::vector<Convolution> convolutions;
   std::vector<NarrowConvolution> narrow;
-  for (const Given& it : all)
-    if (step.kind == MAX_POOLING) MaxPooling{it.image, it.out, it.count, layout}.run(threads);
+  for (const Operands& it : all)
+    if (step.kind == MAX_POOLING) MaxPooling{it.image, it.out, it.n_out, layout}.run(threads);
     else if (step.kind == DEPTHWISE)
-      DepthwiseConvolution{it.image, step.weight, it.bias, it.rows, it.out, it.count, layout, bounds}.run(threads);
-    else if (step.narrow && it.count == step.rows)
-      narrow.push_back({it.image, step.narrow, it.bias, it.columns, it.added, it.out, it.channels, it.count, step.columns,
-                        layout.height, layout.width, bounds});
+      DepthwiseConvolution{it.image, step.weight, it.bias, it.oc, it.out, it.n_out, layout, bounds}.run(threads);
+    else if (step.packed_weight && it.n_out == step.oc_total)
+      narrow.push_back({it.image, step.packed_weight, it.bias, it.ic, it.residual, it.out, it.n_in, it.n_out,
+                        step.ic_total, layout.height, layout.width, bounds});
     else
-      convolutions.push_back({it.image, step.weight, it.bias, it.rows, it.columns, it.added, it.out, it.channels, it.count,
-                              step.columns, layout, bounds});
+      convolutions.push_back({it.image, step.weight, it.bias, it.oc, it.ic, it.residual, it.out, it.n_in, it.n_out,
+                              step.ic_total, layout, bounds});
   if (!narrow.empty()) NarrowConvolution::run(narrow, threads);
   if (threads == 1 && convolutions.size() > 1) Convolution::run(convolutions);
   else
     for (const Convolution& convolution : convolutions) convolution.run(threads);
 }
 
-// A convolution 1 x 1 and a depthwise one behind it, for one image: by groups of channels, so that what lies between
-// them stays near; threads share the groups.
-void run_pair(const Step& first, const Given& from, const Layout& layout, const Step& second, const Given& to,
-              const Layout& behind, int64_t threads) {
-  const int64_t near = std::max<int64_t>(1, NEAR / layout.pixels / ROWS) * ROWS;
-  const int64_t some = std::min(near, (from.count + threads - 1) / threads);
-  if (!some) return;
-  Threads::share(threads, (from.count + some - 1) / some, [&](int64_t i) {
+// Run a convolution 1 x 1 and the depthwise one behind it for one image, group by group of channels, so that what lies
+// between them stays in a cache. Threads share the groups.
+void run_pair(const StepStruct& first, const Operands& from, const Layout& layout, const StepStruct& second,
+              const Operands& to, const Layout& second_layout, int64_t threads) {
+  const int64_t near = std::max<int64_t>(1, NEAR_VALUES / layout.pixels / MAX_OC) * MAX_OC;
+  const int64_t group = std::min(near, (from.n_out + threads - 1) / threads);
+  if (!group) return;
+  Threads::share(threads, (from.n_out + group - 1) / group, [&](int64_t i) {
     static thread_local Scratch kept;
-    const int64_t begin = i * some, count = std::min(some, from.count - begin);
-    float* map = kept.need(count * layout.pixels);
-    Convolution{from.image, first.weight, from.bias, from.rows + begin, from.columns, nullptr, map, from.channels, count,
-                first.columns, layout, {first.lowest, first.highest}}
+    const int64_t begin = i * group, n_out = std::min(group, from.n_out - begin);
+    float* map = kept.need(n_out * layout.pixels);
+    Convolution{from.image, first.weight, from.bias, from.oc + begin, from.ic, nullptr, map, from.n_in, n_out,
+                first.ic_total, layout, {first.lowest, first.highest}}
         .run(1);
-    DepthwiseConvolution{map, second.weight, to.bias, to.rows + begin, to.out + begin * behind.pixels, count, behind,
-                         {second.lowest, second.highest}}
+    DepthwiseConvolution{map, second.weight, to.bias, to.oc + begin, to.out + begin * second_layout.pixels, n_out,
+                         second_layout, {second.lowest, second.highest}}
         .run(1);
   });
 }
 
-// 0, 1, 2, ... up to the rows and columns of any step.
-const int64_t* every_of(const Block& block) {
-  static thread_local std::vector<int64_t> every;
-  int64_t most = block.aside ? std::max(block.aside->rows, block.aside->columns) : 0;
-  for (const Step* s = block.step; s < block.step + block.steps; ++s) most = std::max({most, s->rows, s->columns});
-  for (int64_t i = every.size(); i < most; ++i) every.push_back(i);
-  return every.data();
+// 0, 1, 2, ... up to the number of channels of any step: oc and ic where nothing is closed.
+const int64_t* all_channels_of(const BlockStruct& block) {
+  static thread_local std::vector<int64_t> all;
+  int64_t most = block.projection ? std::max(block.projection->oc_total, block.projection->ic_total) : 0;
+  for (const StepStruct* s = block.steps; s < block.steps + block.n_steps; ++s)
+    most = std::max({most, s->oc_total, s->ic_total});
+  for (int64_t i = all.size(); i < most; ++i) all.push_back(i);
+  return all.data();
 }
 
-// Images side by side, step by step.
-void run_block(const Block& block, std::vector<Work> works, Size size, int64_t threads) {
-  const int64_t* every = every_of(block);
-  const int64_t total = size.behind(block).values();
+// Run images of one size through a block, step by step.
+void run_block(const BlockStruct& block, std::vector<ImageState> states, Size size, int64_t threads) {
+  const int64_t* all_channels = all_channels_of(block);
+  const int64_t n_results = size.after(block).values();
   int64_t height = size.height, width = size.width;
-  if (block.aside) {
-    std::vector<Given> given;
-    for (Work& work : works) {
-      given.push_back({work.image, block.aside->bias, every, every, nullptr, work.out, block.aside->columns, block.aside->rows});
-      work.shortcut = work.out;  // the branch is added to it in place
+  if (block.projection) {
+    const StepStruct& projection = *block.projection;
+    std::vector<Operands> operands;
+    for (ImageState& state : states) {
+      operands.push_back({state.image, projection.bias, all_channels, all_channels, nullptr, state.out,
+                          projection.ic_total, projection.oc_total});
+      state.residual = state.out;  // the branch is added to it in place
     }
-    run_step(*block.aside, given, layout_of(*block.aside, height, width), threads);
+    run_step(projection, operands, layout_of(projection, height, width), threads);
   }
-  std::vector<Work> all;
-  for (Work& work : works)
-    if (opens(block, work, height * width, total, threads)) all.push_back(std::move(work));
-  if (all.empty()) return;
+  std::vector<ImageState> running;
+  for (ImageState& state : states)
+    if (choose_open(block, state, height * width, n_results, threads)) running.push_back(std::move(state));
+  if (running.empty()) return;
   static thread_local std::vector<Scratch> buffers;  // two for each image
-  buffers.resize(std::max(buffers.size(), 2 * all.size()));
-  std::vector<Given> before;  // what a step is given that the next one runs with it
+  buffers.resize(std::max(buffers.size(), 2 * running.size()));
+  std::vector<Operands> waiting;  // of a step that runs together with the next one
   int64_t turn = 0;
-  for (int64_t k = 0; k < block.steps; ++k) {
-    const Step& step = block.step[k];
-    const bool last = k + 1 == block.steps;
+  for (int64_t k = 0; k < block.n_steps; ++k) {
+    const StepStruct& step = block.steps[k];
+    const bool last = k + 1 == block.n_steps;
     const Layout layout = layout_of(step, height, width);
-    const bool pairs = !last && layout.as_it_is && step.kind == CONVOLUTION && block.step[k + 1].kind == DEPTHWISE;
-    std::vector<Given> given;
-    for (size_t i = 0; i < all.size(); ++i) {
-      Work& work = all[i];
-      const int64_t count = step.open_rows ? work.open.size() : step.rows;
-      const int64_t channels = step.open_columns ? work.open.size() : step.columns;
+    const bool waits =
+        !last && layout.is_plain && step.kind == CONVOLUTION && block.steps[k + 1].kind == DEPTHWISE;
+    std::vector<Operands> operands;
+    for (size_t i = 0; i < running.size(); ++i) {
+      ImageState& state = running[i];
+      const int64_t n_out = step.open_oc ? state.open.size() : step.oc_total;
+      const int64_t n_in = step.open_ic ? state.open.size() : step.ic_total;
       const float* bias = step.bias;
-      if (step.filled) {
-        work.shifted.resize(step.rows);
-        parts_of(step.rows, step.rows * block.units, threads, [&](int64_t begin, int64_t end) {
-          fill(block, work, bias, step.rows, begin, end);
+      if (step.compensated) {
+        state.compensated_bias.resize(step.oc_total);
+        parts_of(step.oc_total, step.oc_total * block.n_units, threads, [&](int64_t begin, int64_t end) {
+          compensate(block, state, bias, step.oc_total, begin, end);
         });
-        bias = work.shifted.data();
+        bias = state.compensated_bias.data();
       }
-      float* to = last ? work.out : pairs ? nullptr : buffers[2 * i + turn % 2].need(count * layout.pixels);
-      given.push_back({work.image, bias, step.open_rows ? work.open.data() : every,
-                       step.open_columns ? work.open.data() : every, last ? work.shortcut : nullptr, to, channels, count});
-      work.image = to;
+      float* to = last ? state.out : waits ? nullptr : buffers[2 * i + turn % 2].need(n_out * layout.pixels);
+      operands.push_back({state.image, bias, step.open_oc ? state.open.data() : all_channels,
+                          step.open_ic ? state.open.data() : all_channels, last ? state.residual : nullptr, to, n_in,
+                          n_out});
+      state.image = to;
     }
-    turn += !pairs;
-    if (pairs) before = std::move(given);
-    else if (before.empty()) run_step(step, given, layout, threads);
+    turn += !waits;
+    if (waits) waiting = std::move(operands);
+    else if (waiting.empty()) run_step(step, operands, layout, threads);
     else {
-      const Step& former = block.step[k - 1];  // 1 x 1: its map is of the size that this step reads
-      for (size_t i = 0; i < all.size(); ++i)
-        run_pair(former, before[i], layout_of(former, height, width), step, given[i], layout, threads);
-      before.clear();
+      const StepStruct& former = block.steps[k - 1];  // 1 x 1: its map is of the size that this step reads
+      for (size_t i = 0; i < running.size(); ++i)
+        run_pair(former, waiting[i], layout_of(former, height, width), step, operands[i], layout, threads);
+      waiting.clear();
     }
     height = layout.out_height, width = layout.out_width;
   }
 }
 
-// Whether a result may take the place of the input, which has been read by then: it is added to it, and made from what
-// only the first of several convolutions reads.
-bool in_place(const Block& block) { return block.adds && block.steps > 1; }
+// Tell whether a block's result may take the place of its input: only the first of several steps reads the input, and
+// the last one adds to it.
+bool in_place(const BlockStruct& block) { return block.adds_input && block.n_steps > 1; }
 
-// Images side by side through blocks; of the first, the shortcut is given.
-void run_blocks(const Block* blocks, int64_t count, std::vector<Work> all, Size size, int64_t threads) {
+// Run images of one size through blocks. Each state brings the first block's residual.
+void run_blocks(const BlockStruct* blocks, int64_t n_blocks, std::vector<ImageState> states, Size size,
+                int64_t threads) {
   static thread_local std::vector<Scratch> between;  // two for each image
-  between.resize(std::max(between.size(), 2 * all.size()));
-  int64_t moves = 0;  // results to come in places of their own
-  for (int64_t b = 1; b < count; ++b) moves += !in_place(blocks[b]);
+  between.resize(std::max(between.size(), 2 * states.size()));
+  int64_t moves = 0;  // results to come in memory of their own
+  for (int64_t b = 1; b < n_blocks; ++b) moves += !in_place(blocks[b]);
   std::vector<float*> ends;
-  for (const Work& work : all) ends.push_back(work.out);
-  for (int64_t b = 0; b < count; ++b) {
-    const Size behind = size.behind(blocks[b]);
+  for (const ImageState& state : states) ends.push_back(state.out);
+  for (int64_t b = 0; b < n_blocks; ++b) {
+    const Size after = size.after(blocks[b]);
     if (b) moves -= !in_place(blocks[b]);
-    for (size_t i = 0; i < all.size(); ++i) {
-      Work& work = all[i];
-      if (b) work.image = work.out;
-      if (b) work.shortcut = blocks[b].adds ? work.image : nullptr;
-      if (!b || !in_place(blocks[b])) work.out = moves ? between[2 * i + moves % 2].need(behind.values()) : ends[i];
+    for (size_t i = 0; i < states.size(); ++i) {
+      ImageState& state = states[i];
+      if (b) state.image = state.out;
+      if (b) state.residual = blocks[b].adds_input ? state.image : nullptr;
+      if (!b || !in_place(blocks[b])) state.out = moves ? between[2 * i + moves % 2].need(after.values()) : ends[i];
     }
-    run_block(blocks[b], all, size, threads);
-    size = behind;
+    run_block(blocks[b], states, size, threads);
+    size = after;
   }
 }
 
-// Whether a block's weights are so large that images should share them while they are near. What lies between blocks may
-// begin with maps of which several would fill the cache.
-bool is_large(const Block& block) {
-  const bool branch = block.adds || block.aside;
-  return branch && std::any_of(block.step, block.step + block.steps, [](const Step& s) {
-    return s.kernel == 3 && s.kind == CONVOLUTION && s.rows * s.columns * 9 > FAR;
+// Tell whether a block's weights are so large that images should share them while they are near. Blocks without a
+// residual count as small: they may begin with maps of which several would fill a cache.
+bool is_large(const BlockStruct& block) {
+  const bool has_residual = block.adds_input || block.projection;
+  return has_residual && std::any_of(block.steps, block.steps + block.n_steps, [](const StepStruct& s) {
+    return s.kernel == 3 && s.kind == CONVOLUTION && s.oc_total * s.ic_total * 9 > NEAR_WEIGHTS;
   });
 }
+
+// A constant and its value, a struct and its size, or a field, its offset and its size.
+struct AbiEntry {
+  const char* name;
+  int64_t value, size;
+};
+
+#define FIELD(type, field) {#type "." #field, offsetof(type, field), sizeof(type::field)}
+constexpr AbiEntry ABI[] = {
+    {"PACKED_OC", PACKED_OC, 0},
+    {"CONVOLUTION", CONVOLUTION, 0},
+    {"DEPTHWISE", DEPTHWISE, 0},
+    {"MAX_POOLING", MAX_POOLING, 0},
+    {"StepStruct", sizeof(StepStruct), 0},
+    FIELD(StepStruct, weight),
+    FIELD(StepStruct, bias),
+    FIELD(StepStruct, packed_weight),
+    FIELD(StepStruct, oc_total),
+    FIELD(StepStruct, ic_total),
+    FIELD(StepStruct, kernel),
+    FIELD(StepStruct, stride),
+    FIELD(StepStruct, padding),
+    FIELD(StepStruct, kind),
+    FIELD(StepStruct, open_oc),
+    FIELD(StepStruct, open_ic),
+    FIELD(StepStruct, compensated),
+    FIELD(StepStruct, lowest),
+    FIELD(StepStruct, highest),
+    {"BlockStruct", sizeof(BlockStruct), 0},
+    FIELD(BlockStruct, gate_weight),
+    FIELD(BlockStruct, gate_bias),
+    FIELD(BlockStruct, compensation),
+    FIELD(BlockStruct, threshold),
+    FIELD(BlockStruct, channels),
+    FIELD(BlockStruct, has_block),
+    FIELD(BlockStruct, n_units),
+    FIELD(BlockStruct, n_steps),
+    FIELD(BlockStruct, adds_input),
+    FIELD(BlockStruct, steps),
+    FIELD(BlockStruct, projection),
+    FIELD(BlockStruct, lowest),
+    FIELD(BlockStruct, highest),
+};
+#undef FIELD
 
 }  // namespace
 
 extern "C" {
 
-// Whether weights should be packed for `NarrowConvolution` where convolutions 3 x 3 meet images of this width.
-int64_t gathered_narrow(int64_t width) { return LANES == 16 && NarrowConvolution::fits(width); }
+int64_t gathered_abi_version() { return ABI_VERSION; }
 
-void gathered_conv(const float* images, const float* weight, const float* bias, const int64_t* rows,
-                   const int64_t* columns, const float* added, float* out, int64_t batch, int64_t channels,
-                   int64_t height, int64_t width, int64_t count, int64_t every, int64_t kernel, int64_t stride,
-                   int64_t padding, float lowest, float highest, int64_t threads) {
+const char* gathered_abi_layout() {
+  static const std::string text = [] {
+    std::string lines;
+    for (const AbiEntry& entry : ABI) {
+      lines += entry.name + (" " + std::to_string(entry.value));
+      if (entry.size) lines += " " + std::to_string(entry.size);
+      lines += "\n";
+    }
+    return lines;
+  }();
+  return text.c_str();
+}
+
+int64_t gathered_narrow(int64_t width) { return LANES == PACKED_OC && NarrowConvolution::fits(width); }
+
+void gathered_conv(const float* images, const float* weight, const float* bias, const int64_t* oc, const int64_t* ic,
+                   const float* residual, float* out, int64_t batch, int64_t n_in, int64_t height, int64_t width,
+                   int64_t n_out, int64_t ic_total, int64_t kernel, int64_t stride, int64_t padding, float lowest,
+                   float highest, int64_t threads) {
   const Layout layout = {height, width, kernel, stride, padding};
-  const int64_t step = channels * height * width, to = count * layout.pixels;
+  const int64_t from = n_in * height * width, to = n_out * layout.pixels;
   each_image(batch, threads, [&](int64_t i, int64_t share) {
-    Convolution{images + i * step, weight, bias, rows, columns, added ? added + i * to : nullptr, out + i * to, channels,
-                count, every, layout, {lowest, highest}}
+    Convolution{images + i * from, weight, bias, oc, ic, residual ? residual + i * to : nullptr, out + i * to, n_in,
+                n_out, ic_total, layout, {lowest, highest}}
         .run(share);
   });
 }
 
-void gathered_depthwise(const float* images, const float* weight, const float* bias, const int64_t* rows, float* out,
-                        int64_t batch, int64_t count, int64_t height, int64_t width, int64_t kernel, int64_t stride,
+void gathered_depthwise(const float* images, const float* weight, const float* bias, const int64_t* oc, float* out,
+                        int64_t batch, int64_t n_out, int64_t height, int64_t width, int64_t kernel, int64_t stride,
                         int64_t padding, float lowest, float highest, int64_t threads) {
   const Layout layout = {height, width, kernel, stride, padding};
-  const int64_t step = count * height * width, to = count * layout.pixels;
+  const int64_t from = n_out * height * width, to = n_out * layout.pixels;
   each_image(batch, threads, [&](int64_t i, int64_t share) {
-    DepthwiseConvolution{images + i * step, weight, bias, rows, out + i * to, count, layout, {lowest, highest}}.run(share);
+    DepthwiseConvolution{images + i * from, weight, bias, oc, out + i * to, n_out, layout, {lowest, highest}}
+        .run(share);
   });
 }
 
-// images (batch, features, height, width) of the first block; shortcut, or null, and out as its and the last one's
-// results. Blocks with large weights and others take turns: the former run several images at once, the latter each image
-// while it is in the cache.
-void gathered_blocks(const Block* blocks, int64_t count, const float* images, const float* shortcut, float* out,
-                     int64_t batch, int64_t height, int64_t width, int64_t threads) {
+// Blocks with large weights run several images at once, other blocks one image while it is in a cache; so runs of the
+// two take turns.
+void gathered_blocks(const BlockStruct* blocks, int64_t n_blocks, const float* images, const float* residual,
+                     float* out, int64_t batch, int64_t height, int64_t width, int64_t threads) {
   if (!batch) return;
   static thread_local Scratch turns[2];
-  Size size = {blocks->features, height, width};
-  for (int64_t begin = 0, end, turn = 0; begin < count; begin = end, ++turn) {
-    const bool shared = is_large(blocks[begin]);
-    Size behind = size;
-    for (end = begin; end < count && is_large(blocks[end]) == shared; ++end) behind = behind.behind(blocks[end]);
-    const int64_t step = size.values(), to = behind.values(), added = size.behind(blocks[begin]).values();
-    float* result = end < count ? turns[turn % 2].need(batch * to) : out;
-    const float* adds = !begin ? shortcut : blocks[begin].adds ? images : nullptr;
+  Size size = {blocks->channels, height, width};
+  for (int64_t begin = 0, end, turn = 0; begin < n_blocks; begin = end, ++turn) {
+    const bool large = is_large(blocks[begin]);
+    Size after = size;
+    for (end = begin; end < n_blocks && is_large(blocks[end]) == large; ++end) after = after.after(blocks[end]);
+    const int64_t from = size.values(), to = after.values(), added = size.after(blocks[begin]).values();
+    float* result = end < n_blocks ? turns[turn % 2].need(batch * to) : out;
+    const float* adds = !begin ? residual : blocks[begin].adds_input ? images : nullptr;
     const int64_t rounds = (batch + threads * GROUP - 1) / (threads * GROUP);
-    const int64_t group = shared ? (batch + threads * rounds - 1) / (threads * rounds) : 1;  // as many for each thread
+    const int64_t group = large ? (batch + threads * rounds - 1) / (threads * rounds) : 1;  // as many for each thread
     each_image((batch + group - 1) / group, threads, [&](int64_t g, int64_t share) {
-      std::vector<Work> works;
+      std::vector<ImageState> states;
       for (int64_t i = g * group; i < std::min(batch, (g + 1) * group); ++i)
-        works.push_back({images + i * step, adds ? adds + i * added : nullptr, result + i * to});
-      run_blocks(blocks + begin, end - begin, std::move(works), size, share);
+        states.push_back({images + i * from, adds ? adds + i * added : nullptr, result + i * to});
+      run_blocks(blocks + begin, end - begin, std::move(states), size, share);
     });
-    images = result, size = behind;
+    images = result, size = after;
   }
 }
 

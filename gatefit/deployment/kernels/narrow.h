@@ -1,27 +1,31 @@
-// Convolutions 3 x 3 where all rows are wanted: lanes hold rows, so weights are packed ahead, and what lies beyond the
-// border costs nothing. For images that pieces of 14 or 16 pixels fill, or that are narrow.
+#pragma once
+
+// Convolutions 3 x 3 with all output channels: these lie in the lanes of a register, so weights are packed ahead (see
+// `StepStruct::packed_weight` in abi.h), and taps beyond the border cost nothing. For images that are narrow, or whose
+// width is a multiple of 14 or 16.
 
 #include "convolve.h"
 
 namespace {
 
-constexpr int64_t FEW = 32;  // columns whose weights for LANES rows stay in the first-level cache
-constexpr int64_t LARGE = 1 << 20;  // weights that come from memory: a single image reads them in the order they lie in
-constexpr int64_t SMALL = 64;  // pixels, for which sums of all rows stay near meanwhile
-constexpr int64_t SIDE_BY_SIDE = 4;  // columns, and how many pieces of a column are fetched ahead, where it does
+constexpr int64_t IC_CHUNK = 32;  // input channels whose weights for one group stay in the first-level cache
+constexpr int64_t LARGE_WEIGHT = 1 << 20;  // values of a weight that comes from memory: one image reads it in its order
+constexpr int64_t SMALL_IMAGE = 64;  // pixels of an image whose sums for all output channels stay in a cache meanwhile
+constexpr int64_t IC_AHEAD = 4;  // input channels that such an image reads at once, and groups that it fetches ahead
 
-// Where LANES rows of a packed weight begin, how far its columns lie apart, and whether what comes next is fetched from
-// the same column, and how far ahead, or (0) from those that follow.
-struct Rows {
-  const float* weight;
-  int64_t column, ahead;
+// One group, LANES output channels, of a packed weight (IC, OC / LANES, 9, LANES).
+struct PackedGroup {
+  const float* weight;  // of input channel 0
+  int64_t ic_stride;  // from one input channel to the next
+  int64_t ahead;  // what to fetch next: the values this far ahead, or (0) those of the input channel after the next
 };
 
-// Adds to the sums (height, width) of LANES rows at H lines of P pixels from (y, left) on, the whole width if H > 1, the
-// whole image if H = P: channel j of the image (channels, height, width) is read by column columns[j] of the rows. The
-// loops are written twice, and out: behind a lambda or a condition the sums leave the registers.
+// sums[y, x, :] += sum over j, kh, kw of weight[ic[j], kh * 3 + kw, :] * image[j, y + kh - 1, x + kw - 1]
+// for one group of output channels, image (n_in, height, width), sums (height, width) registers, at H lines of P pixels
+// from (y, left) on. P is the whole width if H > 1, and the image is H x P if H = P. The loops stand twice, and written
+// out: behind a lambda or a condition the sums leave the registers.
 template <int P, int H>
-void by_rows(const float* image, Rows rows, const int64_t* columns, int64_t channels, int64_t y, int64_t left,
+void add_tile(const float* image, PackedGroup group, const int64_t* ic, int64_t n_in, int64_t y, int64_t left,
              int64_t height, int64_t width, Lanes* sums) {
   const bool first = H > 1 || left == 0, last = H > 1 || left + P == width;
   bool inside[H][3];
@@ -29,9 +33,10 @@ void by_rows(const float* image, Rows rows, const int64_t* columns, int64_t chan
     for (int dy = 0; dy < 3; ++dy)
       inside[h][dy] = y + h < height && y + h + dy - 1 >= 0 && y + h + dy - 1 < height;
   Lanes a[H * P] = {};
-  for (int64_t j = 0; j < channels; ++j) {
-    const float *plane = image + j * height * width + left, *taps = rows.weight + columns[j] * rows.column;
-    const float* next = rows.ahead ? taps + rows.ahead : rows.weight + columns[std::min(j + 2, channels - 1)] * rows.column;
+  for (int64_t j = 0; j < n_in; ++j) {
+    const float *plane = image + j * height * width + left, *taps = group.weight + ic[j] * group.ic_stride;
+    const float* next =
+        group.ahead ? taps + group.ahead : group.weight + ic[std::min(j + 2, n_in - 1)] * group.ic_stride;
     for (int t = 0; t < 9; ++t) __builtin_prefetch(next + t * LANES);
     if constexpr (H == P) {
 #pragma GCC unroll 4
@@ -60,7 +65,8 @@ void by_rows(const float* image, Rows rows, const int64_t* columns, int64_t chan
             const Lanes w = load(taps + (dy * 3 + dx) * LANES);
 #pragma GCC unroll 16
             for (int x = 0; x < P; ++x)
-              if (!(x + dx == 0 && first) && !(x + dx == P + 1 && last)) a[h * P + x] += w * (line[x + dx - 1] - Lanes{});
+              if (!(x + dx == 0 && first) && !(x + dx == P + 1 && last))
+                a[h * P + x] += w * (line[x + dx - 1] - Lanes{});
           }
         }
     }
@@ -69,20 +75,21 @@ void by_rows(const float* image, Rows rows, const int64_t* columns, int64_t chan
     for (int x = 0; x < P; ++x) sums[(y + h) * width + left + x] += a[h * P + x];
 }
 
-// As `Convolution` with all rows, stride 1 and padding 1; weight packed: (every, count / LANES, 9, LANES).
+// CONVOLUTION of abi.h for one image with K = 3, stride = padding = 1 and all output channels: n_out = OC. weight is
+// packed: (IC, OC / LANES, 9, LANES), where IC = ic_total.
 struct NarrowConvolution {
   const float *image, *weight, *bias;
-  const int64_t* columns;
-  const float* added;
+  const int64_t* ic;
+  const float* residual;
   float* out;
-  int64_t channels, count, every, height, width;
+  int64_t n_in, n_out, ic_total, height, width;
   Bounds bounds;
 
   static bool fits(int64_t width) {
     return width == 4 || width == 7 || width == 8 || (width > 0 && (width % 14 == 0 || width % 16 == 0));
   }
 
-  // Of images of one size, whose weights are read once for all; threads share the rows.
+  // Run images of one size, for which the weights are read once; threads share the output channels.
   static void run(const std::vector<NarrowConvolution>& all, int64_t threads) {
     const auto part = [&](Share share) {
       switch (all[0].width) {
@@ -99,62 +106,65 @@ struct NarrowConvolution {
   template <int P, int H>
   static void run_as(const std::vector<NarrowConvolution>& all, Share share) {
     const NarrowConvolution& one = all[0];
-    const int64_t groups = one.count / LANES, first = share.begin(groups), last = share.end(groups);
-    if (all.size() == 1 && one.every * one.count * 9 >= LARGE && one.height * one.width <= SMALL) one.column_by_column<P, H>(first, last);
+    const int64_t groups = one.n_out / LANES, first = share.begin(groups), last = share.end(groups);
+    const bool is_large = one.ic_total * one.n_out * 9 >= LARGE_WEIGHT;
+    if (all.size() == 1 && is_large && one.height * one.width <= SMALL_IMAGE) one.channel_by_channel<P, H>(first, last);
     else group_by_group<P, H>(all, first, last);
   }
 
-  // Weights that are near, or that images share: for LANES rows at a time.
+  // For weights that are near, or that images share: finish one group of output channels after another.
   template <int P, int H>
   static void group_by_group(const std::vector<NarrowConvolution>& all, int64_t first, int64_t last) {
-    const int64_t every = all[0].every, pixels = all[0].height * all[0].width;
+    const int64_t ic_total = all[0].ic_total, pixels = all[0].height * all[0].width;
     static thread_local Scratch kept;
     Lanes* sums = reinterpret_cast<Lanes*>(kept.need(all.size() * pixels * LANES));
     for (int64_t group = first; group < last; ++group) {
       std::fill(sums, sums + all.size() * pixels, Lanes{});
       std::vector<int64_t> at(all.size());
-      for (int64_t column = 0; column < every; column += FEW)
+      for (int64_t begin_ic = 0; begin_ic < ic_total; begin_ic += IC_CHUNK)
         for (size_t i = 0; i < all.size(); ++i) {
           const NarrowConvolution& it = all[i];
           const int64_t begin = at[i];
-          while (at[i] < it.channels && it.columns[at[i]] < column + FEW) ++at[i];
+          while (at[i] < it.n_in && it.ic[at[i]] < begin_ic + IC_CHUNK) ++at[i];
           if (at[i] > begin) it.add<P, H>(group, 0, begin, at[i], sums + i * pixels);
         }
       for (size_t i = 0; i < all.size(); ++i) all[i].finish(sums + i * pixels, group * LANES);
     }
   }
 
-  // Weights that a single image reads from memory: of what is closed next to nothing is fetched.
+  // For weights that a single image reads from memory, in the order they lie in: next to nothing of what is closed is
+  // fetched.
   template <int P, int H>
-  void column_by_column(int64_t first, int64_t last) const {
+  void channel_by_channel(int64_t first, int64_t last) const {
     const int64_t pixels = height * width;
     static thread_local Scratch kept;
     Lanes* sums = reinterpret_cast<Lanes*>(kept.need((last - first) * pixels * LANES));
     std::fill(sums, sums + (last - first) * pixels, Lanes{});
-    for (int64_t j = 0; j < channels; j += SIDE_BY_SIDE)
+    for (int64_t j = 0; j < n_in; j += IC_AHEAD)
       for (int64_t group = first; group < last; ++group)
-        add<P, H>(group, SIDE_BY_SIDE * 9 * LANES, j, std::min(j + SIDE_BY_SIDE, channels), sums + (group - first) * pixels);
+        add<P, H>(group, IC_AHEAD * 9 * LANES, j, std::min(j + IC_AHEAD, n_in), sums + (group - first) * pixels);
     for (int64_t group = first; group < last; ++group) finish(sums + (group - first) * pixels, group * LANES);
   }
 
-  // Add what channels [begin, end) give to LANES rows.
+  // Add the products of input channels [begin, end) to the sums of a group of output channels.
   template <int P, int H>
   void add(int64_t group, int64_t ahead, int64_t begin, int64_t end, Lanes* sums) const {
-    const Rows rows = {weight + group * 9 * LANES, count * 9, ahead};
+    const PackedGroup packed = {weight + group * 9 * LANES, n_out * 9, ahead};
     for (int64_t y = 0; y < height; y += H)
       for (int64_t left = 0; left < width; left += P)
-        by_rows<P, H>(image + begin * height * width, rows, columns + begin, end - begin, y, left, height, width, sums);
+        add_tile<P, H>(image + begin * height * width, packed, ic + begin, end - begin, y, left, height, width, sums);
   }
 
-  void finish(const Lanes* sums, int64_t first) const {
+  // out = clamp(sums + bias + residual) for output channels [first_oc, first_oc + LANES); sums (pixels, LANES).
+  void finish(const Lanes* sums, int64_t first_oc) const {
     const int64_t pixels = height * width;
-    for (int64_t r = 0; r < LANES; ++r)
+    for (int64_t lane = 0; lane < LANES; ++lane)
       for (int64_t p = 0; p < pixels; p += LANES) {
-        const int64_t row = first + r, some = std::min<int64_t>(LANES, pixels - p), at = row * pixels + p;
-        const float* these = reinterpret_cast<const float*>(sums + p) + r;
-        Lanes value = load(these, 0, some, LANES) + (bias ? bias[row] : 0.f);
-        if (added) value += load(added + at, some);
-        store(out + at, bounds.cut(value), some);
+        const int64_t c = first_oc + lane, count = std::min<int64_t>(LANES, pixels - p), at = c * pixels + p;
+        const float* sums_of_lane = reinterpret_cast<const float*>(sums + p) + lane;
+        Lanes value = load(sums_of_lane, 0, count, LANES) + (bias ? bias[c] : 0.f);
+        if (residual) value += load(residual + at, count);
+        store(out + at, bounds.clamp(value), count);
       }
   }
 };

@@ -1,4 +1,4 @@
-"""The compiled kernels of `gathered.cpp`: built once with the machine's C++ compiler, kept in the cache."""
+"""Build the kernels of `gathered.cpp` once with the machine's C++ compiler, keep them in the cache, and load them."""
 
 import ctypes
 import functools
@@ -17,26 +17,38 @@ from typing import Any
 
 import torch
 
-FILES = ("gathered.cpp", "narrow.h", "planes.h", "convolve.h", "threads.h")
+from gatefit.deployment.kernels.abi import NUMBER, POINTER, REAL, BlockStruct, check_abi
+
+FILES = ("gathered.cpp", "abi.h", "narrow.h", "planes.h", "convolve.h", "threads.h")
 SOURCES = tuple(Path(__file__).with_name(name) for name in FILES)
 OPTIMISED = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp-simd")
 FLAGS = (*OPTIMISED, "-pthread", "-fPIC", "-shared")
-POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Functions of `gathered.cpp`, with its arguments."""
+    """The functions of the compiled library; `abi.h` says what they compute, and of which arguments."""
 
     conv: Callable[..., None]
+    """`gathered_conv`: one convolution."""
     depthwise: Callable[..., None]
+    """`gathered_depthwise`: one depthwise convolution."""
     blocks: Callable[..., None]
+    """`gathered_blocks`: blocks, one behind the other."""
     narrow: Callable[[int], int]
+    """`gathered_narrow`: whether weights should be packed for images of this width."""
 
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """The kernels, or None on a machine that cannot build them."""
+    """Build the kernels if need be, and load them.
+
+    Returns:
+        None on a machine that cannot build or load them.
+
+    Raises:
+        DeployError: the structs of `abi.py` are not the ones of the library.
+    """
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or platform.machine() != "x86_64":
         return None
@@ -50,45 +62,51 @@ def kernels() -> Kernels | None:
         library = ctypes.CDLL(str(file))
     except (OSError, subprocess.CalledProcessError):
         return None
-    ends: list[Any] = [REAL, REAL, NUMBER]
-    library.gathered_conv.argtypes = [POINTER] * 7 + [NUMBER] * 9 + ends
-    library.gathered_depthwise.argtypes = [POINTER] * 5 + [NUMBER] * 7 + ends
-    library.gathered_blocks.argtypes = [POINTER, NUMBER, *[POINTER] * 3, *[NUMBER] * 4]
+    check_abi(library)
+    return _functions(library)
+
+
+def _functions(library: ctypes.CDLL) -> Kernels:
+    """Declare the arguments of the exported functions, in the order of `abi.h`."""
+    bounds_and_threads: list[Any] = [REAL, REAL, NUMBER]
+    library.gathered_conv.argtypes = [POINTER] * 7 + [NUMBER] * 9 + bounds_and_threads
+    library.gathered_depthwise.argtypes = [POINTER] * 5 + [NUMBER] * 7 + bounds_and_threads
+    library.gathered_blocks.argtypes = [ctypes.POINTER(BlockStruct), NUMBER, *[POINTER] * 3, *[NUMBER] * 4]
     library.gathered_narrow.argtypes, library.gathered_narrow.restype = [NUMBER], NUMBER
-    found = (library.gathered_conv, library.gathered_depthwise, library.gathered_blocks)
-    for function in found:
+    for function in (library.gathered_conv, library.gathered_depthwise, library.gathered_blocks):
         function.restype = None
-    return Kernels(*found, library.gathered_narrow)
+    return Kernels(library.gathered_conv, library.gathered_depthwise, library.gathered_blocks, library.gathered_narrow)
 
 
 def _build(compiler: str, file: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=file.parent) as region:
-        built = Path(region) / "gathered.so"
+    """Compile to a temporary file and move it, so that nobody loads half of it."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        built = Path(folder) / "gathered.so"
         subprocess.run([compiler, *FLAGS, str(SOURCES[0]), "-o", str(built)], check=True, capture_output=True)
         built.replace(file)
 
 
-class _Here(threading.local):
-    """Of each of the caller's threads."""
+class _CallerThread(threading.local):
+    """The state of one of the caller's threads."""
 
     threads = 0
-    """What PyTorch had before `torch_alone`; 0: it is not alone."""
+    """How many threads PyTorch had before `torch_alone`; 0 outside of it."""
 
 
-_here = _Here()
+_here = _CallerThread()
 
 
 def threads() -> int:
-    """How many threads the kernels may use: as many as PyTorch has, or had before `torch_alone`."""
+    """Return how many threads the kernels may use: as many as PyTorch has, or had before `torch_alone`."""
     return _here.threads or torch.get_num_threads()
 
 
 @contextmanager
 def torch_alone() -> Iterator[None]:
-    """Meanwhile PyTorch runs on the caller's thread, the kernels on all.
+    """Run PyTorch on the caller's thread alone inside the context, while the kernels use all threads.
 
     OpenMP's threads spin for milliseconds after their work, on processors that the kernels' threads need by then.
-    Their number is set for the calling thread alone, unlike by `torch.set_num_threads`, which also sets it for threads
+    The context sets their number for the calling thread alone; `torch.set_num_threads` would also set it for threads
     that start later.
     """
     set_openmp, set_mkl = _setters()
@@ -109,19 +127,22 @@ def torch_alone() -> Iterator[None]:
 
 @functools.cache
 def _setters() -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
-    """Of the libraries that PyTorch has loaded: OpenMP's, and MKL's, which returns what was set before."""
-    found = []
+    """Find the functions that set the number of threads in OpenMP and in MKL, as PyTorch has loaded them.
+
+    MKL's returns the number that was set before. A library that is not there gives None.
+    """
+    setters = []
     for file, name in ((None, "omp_set_num_threads"), (torch._C.__file__, "MKL_Set_Num_Threads_Local")):
         try:
-            found.append(getattr(ctypes.CDLL(file), name))
+            setters.append(getattr(ctypes.CDLL(file), name))
         except (AttributeError, OSError, TypeError):
-            found.append(None)
-    return found[0], found[1]
+            setters.append(None)
+    return setters[0], setters[1]
 
 
-def processor(what: str) -> str:
-    """What the system says of its processor, such as "model name" or "flags"."""
+def processor(key: str) -> str:
+    """Look up what the system says of its processor under a key such as "model name" or "flags"."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    found = (x.partition(":")[2].strip() for x in lines if x.startswith(what))
-    return next(found, platform.processor())
+    values = (line.partition(":")[2].strip() for line in lines if line.startswith(key))
+    return next(values, platform.processor())

@@ -1,6 +1,6 @@
 #pragma once
 
-// What is done with each channel by itself: depthwise convolutions and max pooling.
+// Layers that treat each channel by itself: depthwise convolutions and max pooling.
 
 #include <limits>
 
@@ -8,18 +8,18 @@
 
 namespace {
 
-// Channel i of image (count, height, width) by row rows[i] of weight (all, 1, kernel, kernel); else as
-// `Convolution`.
+// DEPTHWISE of abi.h for one image: out (n_out, OH, OW) = clamp(bias + convolution) of image (n_out, H, W). Channel i
+// takes channel oc[i] of weight (OC, 1, K, K) and of bias (OC,), which may be null.
 struct DepthwiseConvolution {
   const float *image, *weight, *bias;
-  const int64_t* rows;
+  const int64_t* oc;
   float* out;
-  int64_t count;
+  int64_t n_out;
   Layout layout;
   Bounds bounds;
 
   void run(int64_t threads) const {
-    each_of(count, count * layout.pixels, threads, [&](int64_t c) {
+    each_of(n_out, n_out * layout.pixels, threads, [&](int64_t c) {
       switch (layout.kernel * 100 + layout.stride) {
         case 301: return channel<3, 1>(c);
         case 302: return channel<3, 2>(c);
@@ -32,20 +32,21 @@ struct DepthwiseConvolution {
   }
 
  private:
-  static constexpr int LINES = 7;
+  static constexpr int LINES = 7;  // of the result that are summed at once
 
-  // Where lanes read by tap column dx for outputs from x on lie inside the image.
+  // The lanes [low, high) that lie inside the image where tap dx of a line is read for outputs from x on.
   int64_t low(int64_t x, int64_t dx) const { return ceil_of(layout.padding - dx, layout.stride) - x; }
   int64_t high(int64_t x, int64_t dx) const { return ceil_of(layout.width + layout.padding - dx, layout.stride) - x; }
   static int64_t ceil_of(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
-  // Each line of the image is read once for all lines of the result that it is part of, several of which are summed.
+  // One channel, for K x K kernels of stride S. Each line of the image is read once for all lines of the result that
+  // need it.
   template <int K, int S>
   void channel(int64_t c) const {
     const float* plane = image + c * layout.height * layout.width;
-    const float* taps = weight + rows[c] * layout.taps;
+    const float* taps = weight + oc[c] * layout.taps;
     for (int64_t x = 0; x < layout.out_width; x += LANES) {
-      // Of what the tap columns read: for a stride of 2 they share it in pairs, each from two vectors.
+      // Masks of the vectors that tap dx of a line reads. For a stride of 2 two taps share a pair of vectors.
       Mask inside[K], beyond[K];
       for (int dx = 0; dx < K; dx += S) {
         const int64_t first = layout.padding - dx - x * S, end = layout.width + first;
@@ -53,7 +54,7 @@ struct DepthwiseConvolution {
       }
       for (int64_t y = 0; y < layout.out_height; y += LINES) {
         Lanes sums[LINES];
-        for (Lanes& sum : sums) sum = (bias ? bias[rows[c]] : 0.f) - Lanes{};
+        for (Lanes& sum : sums) sum = (bias ? bias[oc[c]] : 0.f) - Lanes{};
 #pragma GCC unroll 20
         for (int line = 0; line < (LINES - 1) * S + K; ++line) {
           const int64_t from = y * S + line - layout.padding;
@@ -77,16 +78,17 @@ struct DepthwiseConvolution {
     }
   }
 
+  // One channel, for any kernel and stride.
   void any(int64_t c) const {
     const float* plane = image + c * layout.height * layout.width;
     for (int64_t y = 0; y < layout.out_height; ++y)
       for (int64_t x = 0; x < layout.out_width; x += LANES) {
-        Lanes sum = (bias ? bias[rows[c]] : 0.f) - Lanes{};
+        Lanes sum = (bias ? bias[oc[c]] : 0.f) - Lanes{};
         for (int64_t dy = 0; dy < layout.kernel; ++dy) {
           const int64_t from = y * layout.stride + dy - layout.padding;
           if (from < 0 || from >= layout.height) continue;
           const float* p = plane + from * layout.width + x * layout.stride - layout.padding;
-          const float* taps = weight + rows[c] * layout.taps + dy * layout.kernel;
+          const float* taps = weight + oc[c] * layout.taps + dy * layout.kernel;
           for (int64_t dx = 0; dx < layout.kernel; ++dx)
             sum += taps[dx] * load(p + dx, low(x, dx), high(x, dx), layout.stride);
         }
@@ -95,25 +97,27 @@ struct DepthwiseConvolution {
   }
 
   void finish(int64_t c, int64_t y, int64_t x, Lanes sum) const {
-    store(out + c * layout.pixels + y * layout.out_width + x, bounds.cut(sum), std::min<int64_t>(LANES, layout.out_width - x));
+    const int64_t count = std::min<int64_t>(LANES, layout.out_width - x);
+    store(out + c * layout.pixels + y * layout.out_width + x, bounds.clamp(sum), count);
   }
 };
 
-// The largest value of each window; of image (count, height, width).
+// MAX_POOLING of abi.h for one image (n_channels, H, W); out (n_channels, OH, OW).
 struct MaxPooling {
   const float* image;
   float* out;
-  int64_t count;
+  int64_t n_channels;
   Layout layout;
 
   void run(int64_t threads) const {
-    each_of(count, count * layout.height * layout.width, threads, [&](int64_t c) { channel(c); });
+    each_of(n_channels, n_channels * layout.height * layout.width, threads, [&](int64_t c) { channel(c); });
   }
 
  private:
   static Lanes larger(Lanes a, Lanes b) { return (b > a) | (b != b) ? b : a; }  // NaN is larger than anything
 
-  // Of each line of the result: first over lines, with a border, then along them.
+  // One channel. For each line of the result: the largest value over the lines of the image, with a border, then along
+  // them.
   void channel(int64_t c) const {
     static thread_local Scratch kept;
     const int64_t room = (layout.out_width + LANES) * layout.stride + layout.kernel + layout.width + LANES;
@@ -125,20 +129,23 @@ struct MaxPooling {
       const int64_t top = y * layout.stride - layout.padding;
       const int64_t first = std::max<int64_t>(0, top), end = std::min(layout.height, top + layout.kernel);
       for (int64_t x = 0; x < layout.width; x += LANES) {
-        const int64_t some = std::min<int64_t>(LANES, layout.width - x);
-        Lanes most = load(plane + first * layout.width + x, some);
-        for (int64_t from = first + 1; from < end; ++from) most = larger(most, load(plane + from * layout.width + x, some));
-        store(line + layout.padding + x, most, some);
+        const int64_t count = std::min<int64_t>(LANES, layout.width - x);
+        Lanes largest = load(plane + first * layout.width + x, count);
+        for (int64_t from = first + 1; from < end; ++from)
+          largest = larger(largest, load(plane + from * layout.width + x, count));
+        store(line + layout.padding + x, largest, count);
       }
       for (int64_t x = 0; x < layout.out_width; x += LANES) {
-        Lanes most = every(line + x * layout.stride);
-        for (int64_t dx = 1; dx < layout.kernel; ++dx) most = larger(most, every(line + x * layout.stride + dx));
-        store(to + x, most, std::min<int64_t>(LANES, layout.out_width - x));
+        Lanes largest = strided(line + x * layout.stride);
+        for (int64_t dx = 1; dx < layout.kernel; ++dx)
+          largest = larger(largest, strided(line + x * layout.stride + dx));
+        store(to + x, largest, std::min<int64_t>(LANES, layout.out_width - x));
       }
     }
   }
 
-  Lanes every(const float* p) const {
+  // Every stride-th value from p on.
+  Lanes strided(const float* p) const {
     return layout.stride == 2 ? every_second(load(p), load(p + LANES), false) : load(p, 0, LANES, layout.stride);
   }
 };
