@@ -1,6 +1,6 @@
 """Generate the pages that must not be copied by hand: commands, recipe settings, Python API, and pages kept elsewhere.
 
-mkdocs calls `on_files` before it builds the site.
+mkdocs calls `on_files` before it builds the site, and `on_page_markdown` with each page.
 """
 
 import ast
@@ -27,6 +27,7 @@ from gatefit import recipe  # noqa: E402
 from gatefit.commands.cli import app  # noqa: E402
 
 NOTEBOOK = ROOT / "examples" / "digits.ipynb"
+SCHEMAS = "gatefit/schemas"
 ELSEWHERE = {
     "recipes/README.md": "results.md",
     "CHANGELOG.md": "changelog.md",
@@ -46,7 +47,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
+    for schema in sorted((ROOT / SCHEMAS).glob("*.json")):
+        files.append(File.generated(config, f"schemas/{schema.name}", content=schema.read_text()))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Let links to the JSON Schemas of the package hold on the site too."""
+    return markdown.replace(f"](../{SCHEMAS}/", "](schemas/")
 
 
 def commands_page() -> str:
