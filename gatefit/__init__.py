@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gatefit._moved import Finder
+from gatefit.version import __version__
 
 if TYPE_CHECKING:
     from gatefit.commands.hub import from_pretrained, push_to_hub, save_pretrained
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from gatefit.training.evaluate import Evaluation, evaluate
     from gatefit.training.finetune import finetune
 
-__version__ = "0.1.0"
 __all__ = [
     "Evaluation",
     "FoundBlocks",
     "GatefitError",
     "ResidualBlock",
     "Skipped",
+    "__version__",
     "deploy",
     "evaluate",
     "find_blocks",

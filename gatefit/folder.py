@@ -8,6 +8,7 @@ from typing import Any
 
 from gatefit.errors import CheckpointError
 from gatefit.files import digest, json_digest, read_json, write_json
+from gatefit.version import __version__
 
 FORMAT = 2
 CONFIG = "config.json"
@@ -149,7 +150,5 @@ def _versions() -> dict[str, str]:
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # run from its sources
-            from gatefit import __version__
-
             found[name] = __version__
     return found
