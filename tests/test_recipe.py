@@ -1,12 +1,10 @@
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from places import RECIPES
 
 from gatefit.errors import RecipeError
 from gatefit.recipe import FinetunePart, Recipe, read_recipe, write_recipe
-
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 
 
 def written(tmp_path, text):

@@ -6,22 +6,22 @@
 // library, and refuses one that differs. Raise ABI_VERSION when a meaning changes but no size does: the arguments of a
 // function, the order of packed weights, what a field says.
 //
-// Shapes are given by letter. All tensors are float32 without gaps, the last axis innermost.
+// Shapes are given by letter. Tensors are float32, indices int64, all without gaps and with the last axis innermost.
 //
 //   B              images of a batch
 //   C              channels of a block's input
 //   H, W           height and width of the images that a kernel reads
 //   OH, OW         of those that it writes: OH = (H + 2 * padding - K) / stride + 1, rounded down; OW likewise
-//   OC, IC         all output and all input channels of a weight
 //   KH, KW         height and width of a kernel; both are K, as kernels, strides and paddings are square
-//   n_out, n_in    how many of them are open, that is, computed and read
-//   oc, ic         which ones, as indices (n_out,) into OC and (n_in,) into IC
+//   OC, IC         all output and all input channels of a weight
+//   n_out, n_in    how many of these are open: output channels that are computed, input channels that are read
+//   oc, ic         which ones: indices (n_out,) into OC and (n_in,) into IC
 //   U              gated units of a block
 //   P              PACKED_OC
 //
 // Images hold open channels only: channel j of an image (n_in, H, W) is input channel ic[j] of the weight.
 // clamp(x) = min(max(x, lowest), highest), the activation: 0 and infinity are a ReLU, 0 and 6 a ReLU6, -infinity and
-// infinity none. Pixels beyond the border are 0, in max pooling -infinity.
+// infinity none. Pixels beyond the border are 0, in max pooling -infinity. A bias or residual that is null is 0.
 
 #include <cstdint>
 

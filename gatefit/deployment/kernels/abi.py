@@ -56,7 +56,7 @@ class BlockStruct(ctypes.Structure):
         ("n_steps", NUMBER),
         ("adds_input", NUMBER),  # whether the branch is added to the block's input
         ("steps", ctypes.POINTER(StepStruct)),  # (n_steps,)
-        ("projection", ctypes.POINTER(StepStruct)),  # makes what the branch is added to of the block's input
+        ("projection", ctypes.POINTER(StepStruct)),  # (1,), makes the residual of the input
         ("lowest", REAL),  # the activation of images that skip the branch
         ("highest", REAL),
     )
@@ -111,9 +111,9 @@ def check_abi(library: ctypes.CDLL) -> None:
         library.gathered_abi_layout.restype, library.gathered_abi_version.restype = ctypes.c_char_p, NUMBER
         version, text = library.gathered_abi_version(), library.gathered_abi_layout().decode()
     except AttributeError as error:
-        raise _refusal("they are of a version that does not tell its own") from error
+        raise _refusal("they do not name their version") from error
     if version != ABI_VERSION:
-        raise _refusal(f"they are of version {version}, abi.py is of version {ABI_VERSION}")
+        raise _refusal(f"they have version {version}, abi.py has version {ABI_VERSION}")
     compiled = {name: tuple(map(int, values)) for name, *values in map(str.split, text.splitlines())}
     expected: dict[str, tuple[int, ...]] = {name: (value,) for name, value in CONSTANTS.items()}
     for name, struct in STRUCTS.items():
@@ -123,8 +123,8 @@ def check_abi(library: ctypes.CDLL) -> None:
         if there == here:
             continue
         if name in STRUCTS and there is not None and here is not None:
-            raise _refusal(f"{name} has {there[0]} bytes there and {here[0]} bytes in abi.py")
-        raise _refusal(f"{name} is {_words(there)} there and {_words(here)} in abi.py")
+            raise _refusal(f"{name} has {there[0]} bytes in C++ and {here[0]} bytes in abi.py")
+        raise _refusal(f"{name} is {_words(there)} in C++ and {_words(here)} in abi.py")
 
 
 def _words(values: tuple[int, ...] | None) -> str:
@@ -134,4 +134,4 @@ def _words(values: tuple[int, ...] | None) -> str:
 
 
 def _refusal(why: str) -> DeployError:
-    return DeployError(f"the compiled kernels do not fit this version of gatefit, install it anew: {why}")
+    return DeployError(f"gatefit's compiled kernels do not fit its Python code, please reinstall gatefit: {why}")

@@ -211,18 +211,20 @@ void multiply(const float* pixels, int64_t plane, const int64_t* tap_at, int64_t
 
 using Multiply = decltype(&multiply<1, 1>);
 
+// multiply<N, V> for each N and V whose sums fit the registers.
 struct Table {
   Multiply of[MAX_OC + 1][VECTORS + 1] = {};
-  template <int R, int V>
-  void fill() {
-    if constexpr (R * V <= SUMS) of[R][V] = multiply<R, V>;
-    if constexpr (V > 1) fill<R, V - 1>();
-    else if constexpr (R > 1) fill<R - 1, VECTORS>();
+  template <int N, int V>
+  void add() {
+    if constexpr (N * V <= SUMS) of[N][V] = multiply<N, V>;
+    if constexpr (V > 1) add<N, V - 1>();
+    else if constexpr (N > 1) add<N - 1, VECTORS>();
   }
-  Table() { fill<MAX_OC, VECTORS>(); }
+  Table() { add<MAX_OC, VECTORS>(); }
 };
 const Table MULTIPLY;
 
+// sum over i of a[i] * b[i]
 float dot(const float* a, const float* b, int64_t count) {
   Lanes sums[4] = {};
   int64_t i = 0;
@@ -292,10 +294,10 @@ struct Convolution {
   static void run(const std::vector<Convolution>& all) {
     const Convolution& one = all[0];
     const int64_t taps = one.layout.taps;
-    int64_t most = 1;
+    int64_t most_out = 1;
     bool alike = one.dense();
-    for (const Convolution& it : all) most = std::max(most, it.n_out), alike &= it.n_in == one.n_in;
-    const int64_t chunk = std::max<int64_t>(1, NEAR_WEIGHTS / (most * taps));
+    for (const Convolution& it : all) most_out = std::max(most_out, it.n_out), alike &= it.n_in == one.n_in;
+    const int64_t chunk = std::max<int64_t>(1, NEAR_WEIGHTS / (most_out * taps));
     if (!alike || chunk >= one.n_in) {
       for (const Convolution& it : all) it.run(1);
       return;

@@ -372,15 +372,15 @@ void gathered_blocks(const BlockStruct* blocks, int64_t n_blocks, const float* i
     const bool large = is_large(blocks[begin]);
     Size after = size;
     for (end = begin; end < n_blocks && is_large(blocks[end]) == large; ++end) after = after.after(blocks[end]);
-    const int64_t from = size.values(), to = after.values(), added = size.after(blocks[begin]).values();
+    const int64_t from = size.values(), to = after.values(), residual_size = size.after(blocks[begin]).values();
     float* result = end < n_blocks ? turns[turn % 2].need(batch * to) : out;
-    const float* adds = !begin ? residual : blocks[begin].adds_input ? images : nullptr;
+    const float* residuals = !begin ? residual : blocks[begin].adds_input ? images : nullptr;
     const int64_t rounds = (batch + threads * GROUP - 1) / (threads * GROUP);
     const int64_t group = large ? (batch + threads * rounds - 1) / (threads * rounds) : 1;  // as many for each thread
     each_image((batch + group - 1) / group, threads, [&](int64_t g, int64_t share) {
       std::vector<ImageState> states;
       for (int64_t i = g * group; i < std::min(batch, (g + 1) * group); ++i)
-        states.push_back({images + i * from, adds ? adds + i * added : nullptr, result + i * to});
+        states.push_back({images + i * from, residuals ? residuals + i * residual_size : nullptr, result + i * to});
       run_blocks(blocks + begin, end - begin, std::move(states), size, share);
     });
     images = result, size = after;

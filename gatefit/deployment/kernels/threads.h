@@ -1,7 +1,7 @@
 #pragma once
 
-// Threads that share one piece of work after another. Between pieces that follow at once they stay awake; else they
-// sleep, as the processor belongs to whatever engine runs between the blocks.
+// Threads that share one piece of work after another. They stay awake for pieces that follow at once. Else they sleep,
+// as the processor belongs to whatever engine runs between the blocks.
 
 #include <pthread.h>
 #ifdef __linux__
@@ -29,15 +29,16 @@ inline void pause() {
 
 class Threads {
  public:
-  // Call part(i) for each i in [0, count) on `threads` threads, the caller's among them. Who is free takes
-  // the next one, so nobody waits for a thread that is not there yet. Where another caller has the threads: alone.
+  // Call part(i) for each i in [0, count) on `threads` threads, the caller's among them. A thread that is free takes
+  // the next part, so nobody waits for a thread that is not there yet. While another caller has the threads, this one
+  // works alone.
   template <typename Part>
   static void share(int64_t threads, int64_t count, const Part& part) {
     if (threads > 1 && count > 1) {
       Threads& all = get();
-      if (!all.taken.test_and_set(std::memory_order_acquire)) {
+      if (!all.busy.test_and_set(std::memory_order_acquire)) {
         all.run(threads, count, [](const void* p, int64_t i) { (*static_cast<const Part*>(p))(i); }, &part);
-        all.taken.clear(std::memory_order_release);
+        all.busy.clear(std::memory_order_release);
         return;
       }
     }
@@ -48,23 +49,24 @@ class Threads {
   using Call = void (*)(const void*, int64_t);
   static constexpr auto AWAKE = std::chrono::microseconds(60);
 
-  std::atomic_flag taken = ATOMIC_FLAG_INIT;
-  // How many parts the current work has, and which is next, in one word: whoever takes one by it takes it of this very
-  // work, whose end then waits for it.
+  std::atomic_flag busy = ATOMIC_FLAG_INIT;  // some caller has the threads
+  // How many parts the current work has, and which is next, in one word: a thread that takes a part by it takes one of
+  // this very work, which then does not end before it.
   std::atomic<uint64_t> state{0};
   std::atomic<int64_t> done{0}, wanted{1};
   Call call = nullptr;
   const void* part = nullptr;
-  struct Other {
+  struct Worker {
     pthread_t thread;
     std::atomic<bool> asleep{false};
     std::condition_variable work;
   };
-  std::vector<std::unique_ptr<Other>> others;
-  int avoided = -1;  // the processor that they keep away from
+  std::vector<std::unique_ptr<Worker>> workers;
+  int avoided_cpu = -1;  // the processor that the workers keep away from; -1: none yet
   std::mutex mutex;
 
-  // Never destroyed: its threads end with the process. A forked process has none of them, and begins anew.
+  // The threads of this process. They are never destroyed and end with it. A forked process has none of them, and
+  // starts its own.
   static Threads& get() {
     static std::atomic<Threads*> now{nullptr};
     static const int registered = pthread_atfork(nullptr, nullptr, [] { now = nullptr; });
@@ -83,24 +85,24 @@ class Threads {
 
   void run(int64_t threads, int64_t count, Call it, const void* with) {
     try {
-      while (int64_t(others.size()) + 1 < threads) {
-        auto other = std::make_unique<Other>();
-        std::thread one(&Threads::serve, this, other.get(), others.size() + 1);
-        other->thread = one.native_handle();
-        others.push_back(std::move(other));
+      while (int64_t(workers.size()) + 1 < threads) {
+        auto worker = std::make_unique<Worker>();
+        std::thread one(&Threads::serve, this, worker.get(), workers.size() + 1);
+        worker->thread = one.native_handle();
+        workers.push_back(std::move(worker));
         one.detach();
-        avoided = -1;
+        avoided_cpu = -1;
       }
-    } catch (const std::system_error&) {  // no more threads to be had: those that there are do it
+    } catch (const std::system_error&) {  // the system gives no more threads: the ones that are there do the work
     }
-    if (avoided < 0) keep_away();
+    if (avoided_cpu < 0) keep_away();
     call = it, part = with, done = 0, wanted = threads;
     state = uint64_t(count) << 32;
-    for (int64_t i = 0; i < std::min<int64_t>(threads - 1, others.size()); ++i)
-      if (others[i]->asleep) {
+    for (int64_t i = 0; i < std::min<int64_t>(threads - 1, workers.size()); ++i)
+      if (workers[i]->asleep) {
         keep_away();
         { std::lock_guard<std::mutex> lock(mutex); }
-        others[i]->work.notify_one();
+        workers[i]->work.notify_one();
       }
     while (take()) {
     }
@@ -109,16 +111,17 @@ class Threads {
       else std::this_thread::yield();
   }
 
-  // Some systems let a thread wake up on the processor that woke it, where it would wait for its caller to be done.
+  // Keep the workers off the caller's processor. Some systems let a thread wake up on the processor that woke it, where
+  // it would wait for its caller to be done.
   void keep_away() {
 #ifdef __linux__
-    const int here = sched_getcpu();
+    const int cpu = sched_getcpu();
     cpu_set_t allowed;
-    if (here < 0 || here == avoided || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    if (cpu < 0 || cpu == avoided_cpu || sched_getaffinity(0, sizeof allowed, &allowed)) return;
     if (CPU_COUNT(&allowed) < 2) return;
-    avoided = here;
-    CPU_CLR(here, &allowed);
-    for (const auto& other : others) pthread_setaffinity_np(other->thread, sizeof allowed, &allowed);
+    avoided_cpu = cpu;
+    CPU_CLR(cpu, &allowed);
+    for (const auto& worker : workers) pthread_setaffinity_np(worker->thread, sizeof allowed, &allowed);
 #endif
   }
 
@@ -139,7 +142,8 @@ class Threads {
     return next_of(now) < count_of(now) && me < wanted;
   }
 
-  void serve(Other* mine, int64_t me) {
+  // What worker number `me`, from 1 on, does: spin for a while, sleep, and take parts.
+  void serve(Worker* mine, int64_t me) {
     while (true) {
       const auto until = std::chrono::steady_clock::now() + AWAKE;
       while (!has_work(me) && std::chrono::steady_clock::now() < until)

@@ -33,9 +33,9 @@ class Renamed(ctypes.Structure):
 @pytest.mark.parametrize(
     ("name", "struct", "message"),
     [
-        ("StepStruct", Longer, r"StepStruct has 104 bytes there and 112 bytes in abi\.py$"),
-        ("BlockStruct", Swapped, r"BlockStruct\.highest is at byte 92 with 4 bytes there and at byte 88 with 4 bytes"),
-        ("BlockStruct", Renamed, r"BlockStruct\.above is missing there and at byte 92"),
+        ("StepStruct", Longer, r"StepStruct has 104 bytes in C\+\+ and 112 bytes in abi\.py$"),
+        ("BlockStruct", Swapped, r"BlockStruct\.highest is at byte 92 with 4 bytes in C\+\+ and at byte 88"),
+        ("BlockStruct", Renamed, r"BlockStruct\.above is missing in C\+\+ and at byte 92"),
     ],
 )
 def test_structs_that_differ_are_refused(name, struct, message, monkeypatch):
@@ -49,15 +49,15 @@ def test_structs_that_differ_are_refused(name, struct, message, monkeypatch):
 @needs_compiler
 def test_versions_and_constants_that_differ_are_refused(monkeypatch):
     monkeypatch.setattr(abi, "CONSTANTS", {**abi.CONSTANTS, "PACKED_OC": 8})
-    with pytest.raises(DeployError, match=r"PACKED_OC is 16 there and 8 in abi\.py"):
+    with pytest.raises(DeployError, match=r"PACKED_OC is 16 in C\+\+ and 8 in abi\.py"):
         load()
     monkeypatch.setattr(abi, "ABI_VERSION", abi.ABI_VERSION + 1)
-    with pytest.raises(DeployError, match=r"of version \d+, abi\.py is of version \d+$"):
+    with pytest.raises(DeployError, match=r"have version \d+, abi\.py has version \d+$"):
         load()
 
 
 def test_a_library_without_version_is_refused():
-    with pytest.raises(DeployError, match="does not tell its own"):
+    with pytest.raises(DeployError, match="do not name their version"):
         check_abi(ctypes.CDLL(None))
 
 

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from test_recipe import RECIPES
+from places import RECIPES
 
 from gatefit.commands.convert import convert
 from gatefit.inputs.models import build, parse_reference

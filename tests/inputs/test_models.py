@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from gatefit.errors import ModelError
 from gatefit.inputs.models import build, input_spec, load_weights, parse_reference, recognise
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "cifar_resnet.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "cifar_resnet.py"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from gatefit.commands.cli import app
 from gatefit.commands.display import show_deployment
 from gatefit.deployment.plan import BlockPlan, Deployment, Latency
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLE = f"{ROOT}/examples/cifar_resnet.py"
 QUICK = """
 [model]
