@@ -130,7 +130,7 @@ def _sentence(text: str) -> str:
 
 def api_page() -> str:
     """Each public name, documented where it is defined: functions first."""
-    objects = {name: getattr(gatefit, name) for name in gatefit.__all__}
+    objects = {name: value for name in gatefit.__all__ if callable(value := getattr(gatefit, name))}
     functions = [n for n, o in objects.items() if not isinstance(o, type)]
     order = [*functions, *(n for n in objects if n not in functions)]
     lines = ["# Python API\n", "All of these are imported with `import gatefit`.\n"]
