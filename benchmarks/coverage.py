@@ -261,8 +261,11 @@ def report(outcomes: list[Outcome]) -> str:
             f"| {'; '.join(reasons).replace('|', '/')} |"
         )
     head = (
-        "# Which networks can be gated\n\nWritten by `python benchmarks/coverage.py`. "
-        "Shares of MACs are means over the gated names of a family.\n\n"
+        "# Which networks can be gated\n\nThis page is written by `python benchmarks/coverage.py`. It tries "
+        "every network of timm and torchvision. The list comes first: totals, and the networks that were not "
+        "checked, or failed a check, each with the reason. The table has a line for each family. Its shares of "
+        "MACs are means over the names that can be gated; a block gate can skip the first share, a channel gate "
+        "can shrink the second.\n\n"
         + "\n".join(f"- {line}" for line in totals(outcomes).splitlines())
         + "\n\n| from | family | names | block gate | channel gate | blocks | channel units | MACs under block gates "
         "| under channel gates | the others, because |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"

@@ -109,19 +109,25 @@ def report(content: dict[str, Any]) -> str:
     )
     random, converted = [r for r in rows if r["share"]], [r for r in rows if not r["share"]]
     text = (
-        "# Speed\n\nWritten by `python benchmarks/latency.py`. Gates without training close "
-        "half of the MACs (`gatefit bench MODEL --what-if 0.5`), or nothing (`--what-if 1`, a placebo); inputs are "
-        "random. Each dynamic engine stands beside the fastest form of the original in the same run; times are medians "
-        "of interleaved rounds. Realised is (1 - time share) / (1 - MACs share): 1 where all that is saved shows, "
-        "negative where the dynamic network is slower. What stands in one row was timed together; milliseconds of "
-        "different rows may be of different days, when the machine had more or less to itself.\n\n"
+        "# Speed\n\nThis page is written by `python benchmarks/latency.py`; numbers are never edited by hand.\n\n"
+        "- The first table times networks whose gates are not trained. They close half of the MACs at random "
+        "(`gatefit bench MODEL --what-if 0.5`), or nothing: MACs share 1, a placebo that shows what gates cost. "
+        "Inputs are random.\n"
+        "- *original, fastest* is the engine that runs the fp32 original fastest. *gated, in* is the engine of the "
+        "deployed network. Both were timed in one run, in turns; times are medians for a batch.\n"
+        "- *realised* is (1 - time share) / (1 - MACs share). At 1 all that is saved shows on the clock. Below 0 the "
+        "gated network is slower.\n"
+        "- Compare within a row only. Different rows may be of different days, when the machine had more or less to "
+        "itself.\n"
+        "- INT8 of the original is not in these tables. It was faster wherever it was measured: see the [log](log.md)."
+        "\n\n"
         f"Machine: {machine['processor']}, PyTorch {machine['torch']}, fp32.\n\n" + table(random)
     )
     if converted:
         text += (
-            "\n## Converted networks\n\nBy the recipes and options that name them (recipes/README.md), on images of "
-            "their data sets, decoded and normalised before. Accuracy is that of the whole test set, of the original "
-            "and of the gated network.\n\n"
+            "\n## Converted networks\n\nEach was converted with the recipe and options that name it "
+            "(recipes/README.md). Inputs are images of its data set, decoded and normalised before the clock starts. "
+            "Accuracy is that of the original and of the gated network on the whole test set.\n\n"
         ) + table(converted, {"accuracy": accuracy})
     return text + every_engine(content["engines"])
 
@@ -157,8 +163,8 @@ def every_engine(engines: list[dict[str, Any]]) -> str:
         runs.setdefault(key, {})[name] = f"{e['p50_ms']:.2f} ({e['p95_ms']:.2f})"
     names = list(dict.fromkeys(name for run in runs.values() for name in run))
     head = (
-        "\n## Every engine\n\nMilliseconds for a batch: median, and 95th percentile in brackets. A share of 1 is the "
-        "placebo: what gates cost that never close; of 0 converted ones.\n\n"
+        "\n## Every engine\n\nMilliseconds for a batch: the median, and the 95th percentile in brackets. Share 1 is "
+        "the placebo, whose gates never close. Share 0 marks converted networks.\n\n"
         f"| network | share | threads | batch | {' | '.join(names)} |\n{'| --- ' * (4 + len(names))}|\n"
     )
     lines = [f"| {' | '.join([*map(str, key), *(run.get(n, '-') for n in names)])} |" for key, run in runs.items()]

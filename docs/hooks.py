@@ -1,6 +1,6 @@
 """Generate the pages that must not be copied by hand: commands, recipe settings, Python API, and pages kept elsewhere.
 
-mkdocs calls `on_files` before it builds the site.
+mkdocs calls `on_files` before it builds the site, and `on_page_markdown` with each page.
 """
 
 import ast
@@ -9,6 +9,7 @@ import inspect
 import itertools
 import json
 import re
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from typer.cli import get_docs_for_click
 
-import gatefit
-from gatefit import recipe
-from gatefit.commands.cli import app
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # mkdocs does not run from the repository: document this gatefit, not an installed one
+
+import gatefit  # noqa: E402
+from gatefit import recipe  # noqa: E402
+from gatefit.commands.cli import app  # noqa: E402
+
 NOTEBOOK = ROOT / "examples" / "digits.ipynb"
+SCHEMAS = "gatefit/schemas"
 ELSEWHERE = {
     "recipes/README.md": "results.md",
     "CHANGELOG.md": "changelog.md",
@@ -43,7 +47,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
+    for schema in sorted((ROOT / SCHEMAS).glob("*.json")):
+        files.append(File.generated(config, f"schemas/{schema.name}", content=schema.read_text()))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Let links to the JSON Schemas of the package hold on the site too."""
+    return markdown.replace(f"](../{SCHEMAS}/", "](schemas/")
 
 
 def commands_page() -> str:
@@ -119,7 +130,7 @@ def _sentence(text: str) -> str:
 
 def api_page() -> str:
     """Each public name, documented where it is defined: functions first."""
-    objects = {name: getattr(gatefit, name) for name in gatefit.__all__}
+    objects = {name: value for name in gatefit.__all__ if callable(value := getattr(gatefit, name))}
     functions = [n for n, o in objects.items() if not isinstance(o, type)]
     order = [*functions, *(n for n in objects if n not in functions)]
     lines = ["# Python API\n", "All of these are imported with `import gatefit`.\n"]

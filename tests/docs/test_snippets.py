@@ -16,6 +16,7 @@ import torch
 import typer
 from PIL import Image
 
+import gatefit
 from gatefit.commands.cli import app
 
 ROOT = Path(__file__).parent.parent.parent
@@ -72,9 +73,25 @@ def folder(tmp_path, monkeypatch):
     sys.modules.pop("my_net", None)
 
 
+def a_saved_network(monkeypatch) -> dict:
+    """Write a gated network into runs/mine, and let the Hub be that folder; give what the page on folders names."""
+    network = timm.create_model("test_resnet", num_classes=2)
+    gated = gatefit.retrofit(network)
+    gatefit.save(gated, "runs/mine")
+    images = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
+    monkeypatch.setattr(gatefit, "from_pretrained", lambda name: gatefit.load("runs/mine"), raising=False)
+    monkeypatch.setattr(gatefit, "push_to_hub", lambda folder, name: None, raising=False)
+    return {"evaluation": gatefit.evaluate(gated, images)}
+
+
+PRELUDES = {"folder.md": a_saved_network}
+"""By page, what exists before its first block."""
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
-def test_python_blocks_run(page, folder, capsys):
-    names: dict = {"__name__": "snippet"}
+def test_python_blocks_run(page, folder, monkeypatch):
+    prelude = PRELUDES.get(page.name, lambda _: {})
+    names: dict = {"__name__": "snippet", **prelude(monkeypatch)}
     for info, body in blocks(page, "python"):
         if ".no-run" in info:
             continue
