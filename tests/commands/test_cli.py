@@ -34,9 +34,10 @@ batch_size = 64
 [finetune]
 epochs = 3
 batch_size = 64
-target = 0.7
 flip = false
-recalibrate = 500
+[closing]
+target = 0.7
+bn_recalibration_images = 500
 """
 
 

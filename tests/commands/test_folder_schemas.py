@@ -32,8 +32,9 @@ batch_size = 64
 [finetune]
 epochs = 1
 batch_size = 64
-target = 0.7
 flip = false
+[closing]
+target = 0.7
 bn_recalibration_images = 200
 reconstruction_images = 100
 """

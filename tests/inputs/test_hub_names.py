@@ -80,8 +80,8 @@ def test_convert_takes_a_name_on_the_hub_and_its_folder_needs_no_hub(cached, tmp
     out = tmp_path / "out"
     recipe = tmp_path / "quick.toml"
     recipe.write_text(
-        '[data]\nname = "digits"\nlimit = 100\n[finetune]\nepochs = 1\nbatch_size = 50\ntarget = 0.8\n'
-        "reconstruction_images = 0\nbn_recalibration_images = 0\nfeature_weight = 0.0\n"
+        '[data]\nname = "digits"\nlimit = 100\n[finetune]\nepochs = 1\nbatch_size = 50\n[closing]\ntarget = 0.8\n'
+        "reconstruction_images = 0\nbn_recalibration_images = 0\n[distillation]\nfeature_weight = 0.0\n"
     )
     arguments = ["convert", NAME, "--pretrained", "--recipe", str(recipe), "--out", str(out)]
     result = CliRunner().invoke(app, arguments)
