@@ -5,7 +5,8 @@ import tomllib
 import types
 import typing
 import warnings
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -266,3 +267,56 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
 def _check(holds: bool, message: str) -> None:
     if not holds:
         raise RecipeError(message)
+
+
+def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """Change single settings of a recipe, each written as KEY=VALUE, such as "finetune.lr=0.02".
+
+    A value is written as in TOML; what is not TOML is taken as a string, so "gates.kinds=lc" needs no quotes. Of l1 and
+    target, the one that is set replaces the other.
+
+    Raises:
+        RecipeError: a setting without "=", or an unknown key, a wrong type or value as in a file.
+    """
+    values = dict(_setting(text) for text in settings)
+    table = _without_none(asdict(recipe))
+    for path in values:
+        where, _, key = path.rpartition(".")
+        now = RENAMED.get(path, key)
+        # The old key stays for the reader to say so.
+        displaced = {now if "." in now or not where else f"{where}.{now}"} if path in RENAMED else set()
+        if key in _RIVALS:
+            displaced |= {f"{where}.{_RIVALS[key]}"} - values.keys()
+        for other in displaced:
+            _table_of(table, other).pop(other.rpartition(".")[2], None)
+    for path, value in values.items():
+        _table_of(table, path)[path.rpartition(".")[2]] = value
+    changed: Recipe = _from_table(Recipe, table, "")
+    return changed
+
+
+_RIVALS = {"l1": "target", "target": "l1"}
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise RecipeError(f"a setting is written KEY=VALUE, such as finetune.lr=0.02, not '{text}'")
+    try:
+        read = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        return path.strip(), value.strip()
+    return path.strip(), read["value"] if len(read) == 1 else value
+
+
+def _table_of(table: dict[str, Any], path: str) -> dict[str, Any]:
+    """Find the table that a dotted key stands in; make it where there is none, for the reader to refuse."""
+    for name in path.split(".")[:-1]:
+        if not isinstance(table.get(name), dict):
+            table[name] = {}
+        table = table[name]
+    return table
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}

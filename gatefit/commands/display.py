@@ -12,7 +12,7 @@ from rich.table import Table
 from gatefit.commands.coverage import Coverage
 from gatefit.deployment.bench.timing import Row, Timing
 from gatefit.deployment.plan import Deployment
-from gatefit.formats import mega, percent
+from gatefit.formats import mega, model_title, percent
 from gatefit.graph.blocks import FoundBlocks
 from gatefit.training.trainer import Progress as Step
 
@@ -54,7 +54,7 @@ class TrainingBar(AbstractContextManager["TrainingBar"]):
 def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
     """Table of every branch found, then every addition refused."""
     table = Table(
-        title=f"{model}: {len(found.blocks)} residual blocks, {mega(found.macs)} MACs per image", title_justify="left"
+        title=f"{model_title(model)}: {len(found.blocks)} residual blocks, {mega(found.macs)} MACs per image", title_justify="left"
     )
     for name, justify in (
         ("block", "left"), ("MACs", "right"), ("channel gate on", "left"), ("channels", "right"),
