@@ -4,7 +4,7 @@ from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,12 @@ from gatefit.commands.cli.session import SkipCorrupt, choose_device, is_main, pr
 from gatefit.errors import RecipeError
 from gatefit.formats import model_title
 from gatefit.recipe import Recipe, read_recipe, with_settings
+
+if TYPE_CHECKING:
+    from gatefit.training.trainer import Progress
+
+LOGS = "logs"
+"""Folder in the output folder, for trackers that write files."""
 
 
 class Gates(StrEnum):
@@ -42,6 +48,10 @@ def convert(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/NAME.")] = None,
+    log_with: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TRACKER", help="Log the training to tensorboard, wandb or another tracker. Repeatable."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = "",
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
@@ -82,10 +92,18 @@ def convert(
 
         from gatefit.commands.convert import convert as run
         from gatefit.commands.display import TrainingBar, show_report
+        from gatefit.commands.trackers import check_trackers, tracking
 
+        trackers = log_with or []
+        check_trackers(trackers)
         messages = Console(stderr=True, quiet=not is_main(), markup=False)
-        with TrainingBar(messages) as bar:
-            done = run(chosen, folder, resume=resume, say=partial(messages.print, soft_wrap=True), report=bar)
+        with TrainingBar(messages) as bar, tracking(trackers, chosen, folder / LOGS) as track:
+
+            def report(progress: "Progress") -> None:
+                bar(progress)
+                track(progress)
+
+            done = run(chosen, folder, resume=resume, say=partial(messages.print, soft_wrap=True), report=report)
         if not is_main():
             return
         if as_json:
