@@ -9,7 +9,8 @@ import tomllib
 import types
 import typing
 import warnings
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -334,3 +335,59 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
 def _check(holds: bool, message: str) -> None:
     if not holds:
         raise RecipeError(message)
+
+
+def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """Change single settings of a recipe, each written as KEY=VALUE, such as "finetune.lr=0.02".
+
+    A value is written as in TOML; what is not TOML is taken as a string, so "gates.kinds=lc" needs no quotes. Of l1 and
+    target, the one that is set replaces the other.
+
+    Raises:
+        RecipeError: a setting without "=", or an unknown key, a wrong type or value as in a file.
+    """
+    given: dict[str, Any] = {}
+    for path, value in map(_setting, settings):
+        _table_of(given, path)[path.rpartition(".")[2]] = value
+    given = _with_new_keys(given)
+    table = _without_none(asdict(recipe))
+    closing = given.get("closing")
+    if isinstance(closing, dict):
+        for key, rival in _RIVALS.items():
+            if key in closing:
+                table["closing"].pop(rival, None)
+    changed: Recipe = _from_table(Recipe, _merged(table, given), "")
+    return changed
+
+
+_RIVALS = {"l1": "target", "target": "l1"}
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise RecipeError(f"a setting is written KEY=VALUE, such as finetune.lr=0.02, not '{text}'")
+    try:
+        read = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        return path.strip(), value.strip()
+    return path.strip(), read["value"] if len(read) == 1 else value
+
+
+def _table_of(table: dict[str, Any], path: str) -> dict[str, Any]:
+    """Find the table that a dotted key stands in; make it where there is none, for the reader to refuse."""
+    for name in path.split(".")[:-1]:
+        if not isinstance(table.get(name), dict):
+            table[name] = {}
+        table = table[name]
+    return table
+
+
+def _merged(table: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Put the values of `given` over those of `table`, table by table."""
+    both = {k: _merged(table[k], v) for k, v in given.items() if isinstance(v, dict) and isinstance(table.get(k), dict)}
+    return {**table, **given, **both}
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}

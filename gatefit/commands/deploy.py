@@ -189,7 +189,9 @@ def deploy_folder(
     )
     images, others = images[:CALIBRATION], images[CALIBRATION:]
     if prune_unused and not len(others):
-        raise DeployError(f"--harvest needs more than {CALIBRATION} training images, to see what it changes on others")
+        raise DeployError(
+            f"--prune-unused needs more than {CALIBRATION} training images, to see what it changes on others"
+        )
     deployed = deploy(opened.gated, images, backend, masks, prune_unused=prune_unused, batch=batch, placement=placement)
     if isinstance(deployed, OnnxNetwork):
         file = out or folder / "model.onnx"

@@ -12,7 +12,7 @@ from rich.table import Table
 from gatefit.commands.coverage import Coverage
 from gatefit.deployment.bench.timing import Row, Timing
 from gatefit.deployment.plan import Deployment
-from gatefit.formats import mega, percent
+from gatefit.formats import mega, model_title, percent
 from gatefit.graph.blocks import FoundBlocks
 from gatefit.progress import Progress as Step
 
@@ -58,7 +58,8 @@ class TrainingBar(AbstractContextManager["TrainingBar"]):
 def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
     """Table of every branch found, then every addition refused."""
     table = Table(
-        title=f"{model}: {len(found.blocks)} residual blocks, {mega(found.macs)} MACs per image", title_justify="left"
+        title=f"{model_title(model)}: {len(found.blocks)} residual blocks, {mega(found.macs)} MACs per image",
+        title_justify="left",
     )
     for name, justify in (
         ("block", "left"), ("MACs", "right"), ("channel gate on", "left"), ("channels", "right"),
@@ -174,7 +175,7 @@ def show_bench(console: Console, timings: list[Timing], rows: list[Row]) -> None
 def show_report(console: Console, report: dict[str, Any]) -> None:
     """The table of before and after, the gates, and the histogram of MACs per image."""
     dense, gated = report["dense"], report["gated"]
-    table = Table(title=f"{report['model']} on {report['images']} images", title_justify="left")
+    table = Table(title=f"{model_title(report['model'])} on {report['images']} images", title_justify="left")
     for name in ("", "accuracy", "agreement", "MACs per image", "share"):
         table.add_column(name, justify="left" if not name else "right")
     agreement = None if gated["agreement"] is None else 1.0

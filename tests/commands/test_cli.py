@@ -388,7 +388,7 @@ def test_ctrl_c_says_how_to_go_on(recipe, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume goes on" in errors and "Traceback" not in errors
+    assert process.returncode == 130 and "--resume to continue" in errors and "Traceback" not in errors
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

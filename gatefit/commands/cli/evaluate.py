@@ -1,0 +1,21 @@
+"""`gatefit evaluate`."""
+
+from gatefit.commands.cli.session import Data, Device, Folder, Json, SkipCorrupt, choose_device, print_json, session
+
+
+def evaluate(
+    folder: Folder, data: Data = "", device: Device = "", skip_corrupt: SkipCorrupt = False, as_json: Json = False
+) -> None:
+    """Measure accuracy, agreement with the original, MACs per image and open gates of a converted network."""
+    with session(f"evaluate {folder}") as stdout:
+        choose_device(device)
+        from rich.console import Console
+
+        from gatefit.commands.display import show_report
+        from gatefit.commands.opened import evaluate_folder
+
+        _, report = evaluate_folder(folder, data, skip_corrupt)
+        if as_json:
+            print_json(stdout, report)
+        else:
+            show_report(Console(file=stdout, markup=False), report)

@@ -1,0 +1,57 @@
+"""`gatefit inspect`."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gatefit.commands.cli.session import Json, print_json, session
+from gatefit.errors import ConversionError, GatefitError
+from gatefit.formats import model_title
+
+if TYPE_CHECKING:
+    from gatefit.graph.blocks import FoundBlocks
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Name in timm or torchvision, or file.py:function.")],
+    image_size: Annotated[int, typer.Option(help="Side of the input in pixels. 0: the network's own.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Show every residual block of a network, what its gates would control, and what is refused and why."""
+    with session(f"inspect {model_title(model)}") as stdout:
+        if image_size < 0:
+            raise GatefitError(f"--image-size must be positive, not {image_size}")
+        import torch
+        from rich.console import Console
+
+        from gatefit.commands.display import show_blocks
+        from gatefit.gating.insert import find_blocks, no_block_message
+        from gatefit.inputs.models import build, input_spec, parse_reference
+
+        network = build(parse_reference(model))
+        shape = input_spec(network, image_size or None).shape
+        found = find_blocks(network, torch.zeros(2, *shape))
+        if as_json:
+            print_json(stdout, {"model": model, **_plain(found)})
+        else:
+            show_blocks(Console(file=stdout, markup=False), model, found)
+        if not found.blocks:
+            raise ConversionError(no_block_message(model, found))
+
+
+def _plain(found: "FoundBlocks") -> dict[str, Any]:
+    """Turn what matching found into values that JSON knows."""
+    blocks = [
+        {
+            "name": b.name,
+            "macs": b.macs,
+            "channels": b.channels,
+            "units": b.units,
+            "target": b.channel_units.target if b.channel_units else None,
+            "no_channel_gate": b.no_channel_gate,
+            "layers": [asdict(layer) for layer in b.layers],
+        }
+        for b in found.blocks
+    ]
+    return {"macs": found.macs, "blocks": blocks, "skipped": [asdict(s) for s in found.skipped]}

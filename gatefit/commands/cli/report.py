@@ -1,0 +1,31 @@
+"""`gatefit report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gatefit.commands.cli.session import Data, Device, SkipCorrupt, choose_device, session
+
+
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="Folders that gatefit convert wrote. The report is the first one's; others are compared."),
+    ],
+    data: Data = "",
+    block: Annotated[
+        str, typer.Option(help="The block whose channels are shown. Default: the one that varies most.")
+    ] = "",
+    device: Device = "",
+    skip_corrupt: SkipCorrupt = False,
+) -> None:
+    """Write a page with pictures, report.html, into the first folder and compare its figures with the others'."""
+    with session(f"report {folders[0]}") as stdout:
+        choose_device(device)
+        from rich.console import Console
+
+        from gatefit.commands.opened import report_folders
+
+        page = report_folders(folders, data, skip_corrupt, block)
+        Console(file=stdout, markup=False).print(f"written: {page}", soft_wrap=True)
