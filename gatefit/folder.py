@@ -2,13 +2,12 @@
 
 import platform
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from gatefit.errors import CheckpointError
 from gatefit.files import digest, json_digest, read_json, write_json
-from gatefit.version import __version__
 
 FORMAT = 2
 CONFIG = "config.json"
@@ -145,10 +144,5 @@ def _from_format_1(content: dict[str, Any], file: Path) -> Config:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from its sources
-            found[name] = __version__
-    return found
+    packages = {name: str(import_module(name).__version__) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages}

@@ -1,6 +1,10 @@
 """Recipes: everything that a conversion depends on, as frozen dataclasses read from TOML."""
 
+import ast
 import difflib
+import inspect
+import itertools
+import textwrap
 import tomllib
 import types
 import typing
@@ -9,18 +13,29 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import tomlkit
+
 from gatefit.errors import RecipeError
 
+RECIPE = "recipe.toml"
+"""Name of the recipe in the folder of a run."""
 RENAMED = {
-    "gates.fill": "compensation",
-    "finetune.features": "feature_weight",
-    "finetune.keep": "min_open",
-    "finetune.precision": "mixed_precision",
-    "finetune.recalibrate": "bn_recalibration_images",
-    "finetune.refit": "reconstruction_images",
-    "finetune.renew": "gate_reinits",
+    "gates.fill": "gates.compensation",
+    "finetune.distillation": "distillation.weight",
+    "finetune.features": "distillation.feature_weight",
+    "finetune.gate_lr": "closing.gate_lr",
+    "finetune.keep": "closing.min_open",
+    "finetune.l1": "closing.l1",
+    "finetune.penalty": "closing.penalty",
+    "finetune.precision": "finetune.mixed_precision",
+    "finetune.ramp": "closing.ramp",
+    "finetune.recalibrate": "closing.bn_recalibration_images",
+    "finetune.refit": "closing.reconstruction_images",
+    "finetune.renew": "closing.gate_reinits",
+    "finetune.target": "closing.target",
+    "finetune.temperature": "distillation.temperature",
 }
-"""Keys of earlier versions and what they are called now. They are read, with a note."""
+"""Keys of gatefit 0.1, and what they are called now. They are read, with a note."""
 
 
 @dataclass(frozen=True)
@@ -85,55 +100,28 @@ class BaselinePart:
 
 @dataclass(frozen=True)
 class FinetunePart:
-    """[finetune]: the training that closes gates."""
+    """[finetune]: the training loop of the gated network."""
 
     epochs: int = 10
     batch_size: int = 128
-    """Global: over all processes and accumulation steps."""
+    """Images for each optimiser step, over all processes and accumulation steps."""
     accumulate: int = 1
-    """Optimiser steps are taken every `accumulate` forward passes; each sees batch_size / accumulate images."""
+    """Forward passes for each optimiser step; each pass sees batch_size / accumulate images."""
     lr: float = 0.01
     """Peak learning rate of the backbone."""
     drop_every: int = 0
-    """Epochs after which the learning rates fall to a tenth, again and again, as in the paper; 0: a cosine to zero
-    after a short warm-up."""
-    gate_lr: float | None = None
-    """Peak learning rate of the gates, which have no weight decay; 0: they stay as they began, but for the
-    threshold. Not set: 0 from data, the paper's 1e-5 from the identity."""
+    """Epochs after which the learning rates drop to a tenth, again and again, as in the paper. 0: the rates follow a
+    cosine to zero, after a short warm-up."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    l1: float | None = None
-    """L1 coefficient on the saliences of an image; the paper's knob."""
-    target: float | None = None
-    """Share of the original's MACs to end at (sequential placement, gates included)."""
-    penalty: Literal["macs", "plain"] = "macs"
-    """"macs": each salience weighs as its unit's MACs (mean weight 1). "plain": all alike, as in the paper."""
-    reconstruction_images: int = 4000
-    """Training images on which the layers behind closed gates are refitted before training (see
-    `gatefit.gating.reconstruct`); 0: none. Fewer are used where they do not fit into memory. Only without a ramp."""
-    gate_reinits: int = 4
-    """How often step gates that do not learn are set anew from data, in the first two thirds of the training: what
-    their units do for a network changes as it learns to do without some (see `gatefit.gating.initialise`)."""
-    ramp: float | None = None
-    """Part of the training in which target or price go from open to their final value; 0: they begin there. Not
-    set: 0 with an original to keep to, 0.2 without."""
-    distillation: float = 0.9
-    """Weight of distillation from the original network; the labels have the rest. 1 without labels."""
-    temperature: float = 4.0
-    feature_weight: float = 5.0
-    """Weight of the distance to the original's block outputs (see `gatefit.training.objective`); 0: predictions
-    alone teach."""
     augment: bool = True
-    """Random crop (padding 1/8) and horizontal flip."""
+    """Crop images at random (with a padding of 1/8 of their size) and flip them."""
     flip: bool = True
-    min_open: float = 0.1
-    """Guard against collapse: at least this share of a block's units stays open on average."""
-    bn_recalibration_images: int = 10000
-    """Training images (augmented as in training) for the final BN statistics with the hard gates; 0: none."""
+    """Flip images from left to right at random; needs augment."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     compile: bool = False
-    """Train compiled (torch.compile), the baseline too: 1.6 times as fast on CIFAR's ResNets, after half a minute;
-    needs a compiler."""
+    """Train compiled (torch.compile), the baseline too: 1.6 times as fast on CIFAR's ResNets, after half a minute.
+    Needs a C++ compiler."""
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, "finetune.epochs must be 0 or more")
@@ -141,24 +129,71 @@ class FinetunePart:
         _check(self.accumulate > 0, "finetune.accumulate must be positive")
         _check(self.lr > 0, "finetune.lr must be positive")
         _check(self.drop_every >= 0, "finetune.drop_every must be 0 or more")
-        _check(self.gate_lr is None or self.gate_lr >= 0, "finetune.gate_lr must be 0 or more")
-        _check(self.l1 is None or self.l1 >= 0, f"l1 must be 0 or more, not {self.l1}")
-        _check(self.target is None or 0 < self.target < 1, f"target must lie between 0 and 1, not {self.target}")
-        _check(self.l1 is None or self.target is None, "give l1 or target, not both: each sets how much is closed")
-        _check(self.feature_weight >= 0, "finetune.feature_weight must be 0 or more")
-        _check(0 <= self.distillation <= 1, "finetune.distillation must lie in [0, 1]")
-        _check(self.ramp is None or 0 <= self.ramp <= 1, "finetune.ramp must lie in [0, 1]")
-        _check(self.reconstruction_images >= 0, "finetune.reconstruction_images must be 0 or more")
-        _check(self.gate_reinits >= 0, "finetune.gate_reinits must be 0 or more")
         _check(0 <= self.momentum < 1, "finetune.momentum must lie in [0, 1)")
         _check(self.weight_decay >= 0, "finetune.weight_decay must be 0 or more")
-        _check(self.temperature > 0, "finetune.temperature must be positive")
-        _check(self.bn_recalibration_images >= 0, "finetune.bn_recalibration_images must be 0 or more")
-        _check(0 <= self.min_open < 1, "finetune.min_open must lie in [0, 1)")
-        _check(self.penalty in ("macs", "plain"), f"finetune.penalty must be 'macs' or 'plain', not '{self.penalty}'")
         _check(
             self.mixed_precision in ("no", "fp16", "bf16"), "finetune.mixed_precision must be 'no', 'fp16' or 'bf16'"
         )
+
+
+@dataclass(frozen=True)
+class DistillationPart:
+    """[distillation]: how the original network teaches the gated one."""
+
+    weight: float = 0.9
+    """Weight of the original's predictions in the loss; the labels have the rest. Without labels it is 1."""
+    temperature: float = 4.0
+    """Temperature that softens both predictions."""
+    feature_weight: float = 5.0
+    """Weight of the distance to the outputs of the original's blocks (see `gatefit.training.objective`). 0:
+    predictions alone teach."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.weight <= 1, "distillation.weight must lie in [0, 1]")
+        _check(self.temperature > 0, "distillation.temperature must be positive")
+        _check(self.feature_weight >= 0, "distillation.feature_weight must be 0 or more")
+
+
+@dataclass(frozen=True)
+class ClosingPart:
+    """[closing]: how far gates close, and how. Give target or l1."""
+
+    target: float | None = None
+    """Share of the original's MACs to end at (sequential placement, gates included)."""
+    l1: float | None = None
+    """L1 coefficient on the saliences of an image: the price of an open unit, the paper's knob."""
+    penalty: Literal["macs", "plain"] = "macs"
+    """"macs": each salience weighs as its unit's MACs, with a mean weight of 1. "plain": all weigh alike, as in the
+    paper."""
+    gate_lr: float | None = None
+    """Peak learning rate of the gates, which have no weight decay. 0: only their threshold moves. Not set: 0 for
+    gates from data, the paper's 1e-5 for gates that start as the identity."""
+    ramp: float | None = None
+    """Part of the training in which target or price go from open to their final value; 0: they begin there. Not
+    set: 0 with an original to learn from, 0.2 without."""
+    min_open: float = 0.1
+    """Share of a block's units that stays open on average, at least: a guard against collapse."""
+    reconstruction_images: int = 4000
+    """Training images for the reconstruction: before the training, the layers behind closed gates move to the least
+    squares fit of the original's outputs (see `gatefit.gating.reconstruct`). 0: none. Fewer are used where memory is
+    short. Only without a ramp."""
+    gate_reinits: int = 4
+    """How often gates from data are initialised again in the first two thirds of the training, for the network as it
+    is by then (see `gatefit.gating.initialise`). Only for step gates that do not learn."""
+    bn_recalibration_images: int = 10000
+    """Training images, augmented as in training, for the final batch norm statistics with the hard gates. 0: none."""
+
+    def __post_init__(self) -> None:
+        _check(self.l1 is None or self.l1 >= 0, f"l1 must be 0 or more, not {self.l1}")
+        _check(self.target is None or 0 < self.target < 1, f"target must lie between 0 and 1, not {self.target}")
+        _check(self.l1 is None or self.target is None, "give l1 or target, not both: each sets how much is closed")
+        _check(self.penalty in ("macs", "plain"), f"closing.penalty must be 'macs' or 'plain', not '{self.penalty}'")
+        _check(self.gate_lr is None or self.gate_lr >= 0, "closing.gate_lr must be 0 or more")
+        _check(self.ramp is None or 0 <= self.ramp <= 1, "closing.ramp must lie in [0, 1]")
+        _check(0 <= self.min_open < 1, "closing.min_open must lie in [0, 1)")
+        _check(self.reconstruction_images >= 0, "closing.reconstruction_images must be 0 or more")
+        _check(self.gate_reinits >= 0, "closing.gate_reinits must be 0 or more")
+        _check(self.bn_recalibration_images >= 0, "closing.bn_recalibration_images must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -171,6 +206,8 @@ class Recipe:
     gates: GatesPart = field(default_factory=GatesPart)
     baseline: BaselinePart = field(default_factory=BaselinePart)
     finetune: FinetunePart = field(default_factory=FinetunePart)
+    distillation: DistillationPart = field(default_factory=DistillationPart)
+    closing: ClosingPart = field(default_factory=ClosingPart)
 
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**31, f"seed must lie between 0 and 2^31, not {self.seed}")
@@ -188,7 +225,7 @@ def read_recipe(file: Path) -> Recipe:
         raise RecipeError(f"the recipe '{file}' cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file} is not valid TOML: {error}") from error
-    recipe: Recipe = _from_table(Recipe, table, "")
+    recipe = recipe_from(table)
     return replace(
         recipe,
         model=replace(recipe.model, name=_anchor(recipe.model.name, file), weights=_anchor(recipe.model.weights, file)),
@@ -196,31 +233,68 @@ def read_recipe(file: Path) -> Recipe:
     )
 
 
+def recipe_from(table: dict[str, Any]) -> Recipe:
+    """Turn the tables of a recipe, as TOML gives them, into a recipe.
+
+    Raises:
+        RecipeError: an unknown key (the nearest is offered), a wrong type or value.
+    """
+    recipe: Recipe = _from_table(Recipe, _with_new_keys(table), "")
+    return recipe
+
+
 def write_recipe(recipe: Recipe) -> str:
-    """The complete recipe as TOML; keys that are not set (l1 or target) are left out."""
-    lines = [f"seed = {recipe.seed}"]
+    """Write the complete recipe as TOML, its keys explained; keys that are not set (l1 or target) are left out."""
+    document = tomlkit.document()
+    document.add("seed", tomlkit.item(recipe.seed))
     for part in fields(recipe):
         value = getattr(recipe, part.name)
-        if is_dataclass(value):
-            lines += ["", f"[{part.name}]"]
-            for key in fields(value):
-                setting = getattr(value, key.name)
-                if setting is not None:
-                    lines.append(f"{key.name} = {_literal(setting)}")
-    return "\n".join(lines) + "\n"
+        if not is_dataclass(value):
+            continue
+        table, meanings = tomlkit.table(), field_docstrings(type(value))
+        for key in fields(value):
+            setting = getattr(value, key.name)
+            if setting is None:
+                continue
+            for line in textwrap.wrap(meanings.get(key.name, ""), 110):
+                table.add(tomlkit.comment(line))
+            table.add(key.name, tomlkit.item(setting))
+        document.add(tomlkit.nl())
+        document.add(part.name, table)
+    return tomlkit.dumps(document)
+
+
+def field_docstrings(cls: type) -> dict[str, str]:
+    """Read the string that stands below each field of a dataclass: the meaning of each setting."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field_, below in itertools.pairwise(body.body):
+        documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if documented and isinstance(field_, ast.AnnAssign) and isinstance(field_.target, ast.Name):
+            found[field_.target.id] = " ".join(str(below.value.value).split())  # type: ignore[attr-defined]
+    return found
+
+
+def _with_new_keys(table: dict[str, Any]) -> dict[str, Any]:
+    """Move settings with the keys of gatefit 0.1 to their new keys, with a note each."""
+    moved = {k: dict(v) if isinstance(v, dict) else v for k, v in table.items()}
+    for old, new in RENAMED.items():
+        (old_part, old_key), (part, key) = old.split("."), new.split(".")
+        given = moved.get(old_part)
+        if not isinstance(given, dict) or old_key not in given:
+            continue
+        into = moved.setdefault(part, {})
+        if isinstance(into, dict):
+            if key in into:
+                raise RecipeError(f"recipe keys '{old}' and '{new}' are the same setting; keep '{new}'")
+            into[key] = given.pop(old_key)
+            warnings.warn(f"recipe key '{old}' is now called '{new}'", FutureWarning, stacklevel=3)
+    return moved
 
 
 def _anchor(path: str, file: Path) -> str:
     return str((file.parent / path).resolve()) if path.startswith(("./", "../")) else path
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    return repr(value)
 
 
 def _from_table(cls: Any, table: dict[str, Any], where: str) -> Any:
@@ -229,12 +303,6 @@ def _from_table(cls: Any, table: dict[str, Any], where: str) -> Any:
     values = {}
     for key, value in table.items():
         path = f"{where}.{key}" if where else key
-        if path in RENAMED:
-            old, key = path, RENAMED[path]
-            path = f"{where}.{key}"
-            if key in table:
-                raise RecipeError(f"recipe keys '{old}' and '{path}' are the same setting; keep '{path}'")
-            warnings.warn(f"recipe key '{old}' is now called '{path}'", FutureWarning, stacklevel=2)
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(known))}"

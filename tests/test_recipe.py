@@ -4,7 +4,7 @@ import pytest
 from places import RECIPES
 
 from gatefit.errors import RecipeError
-from gatefit.recipe import FinetunePart, Recipe, read_recipe, write_recipe
+from gatefit.recipe import RENAMED, ClosingPart, FinetunePart, Recipe, field_docstrings, read_recipe, write_recipe
 
 
 def written(tmp_path, text):
@@ -20,8 +20,8 @@ def test_every_recipe_parses_and_survives_a_round_trip(file, tmp_path):
 
 
 def test_complete_recipe_round_trip(tmp_path):
-    recipe = Recipe(seed=3, finetune=FinetunePart(l1=1e-4, lr=0.5))
-    recipe = replace(recipe, data=replace(recipe.data, name='a "b" \\c'))
+    recipe = Recipe(seed=3, finetune=FinetunePart(lr=0.5), closing=ClosingPart(l1=1e-4))
+    recipe = replace(recipe, data=replace(recipe.data, name='a "b" \\c\n\x07'))
     assert read_recipe(written(tmp_path, write_recipe(recipe))) == recipe
 
 
@@ -39,9 +39,9 @@ def test_paths_are_relative_to_the_recipe(tmp_path):
         ('[finetune]\nepochs = "many"', "'finetune.epochs' must be int, not 'many'"),
         ("[finetune]\nepochs = 1.5", "must be int"),
         ("[finetune]\nflip = 1", "must be bool"),
-        ("[finetune]\nl1 = -1", "l1 must be 0 or more"),
-        ("[finetune]\nl1 = 1\ntarget = 0.5", "not both"),
-        ("[finetune]\ntarget = 1.5", "between 0 and 1"),
+        ("[closing]\nl1 = -1", "l1 must be 0 or more"),
+        ("[closing]\nl1 = 1\ntarget = 0.5", "not both"),
+        ("[closing]\ntarget = 1.5", "between 0 and 1"),
         ('[gates]\nkinds = "x"', "must be one of 'lc', 'l', 'c'"),
         ("seed = ", "not valid TOML"),
     ],
@@ -54,3 +54,32 @@ def test_wrong_recipes_are_named(text, message, tmp_path):
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(RecipeError, match="cannot be read: No such file"):
         read_recipe(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_old_keys_are_read_with_a_note(old, new, tmp_path):
+    (part, key), (new_part, new_key) = old.split("."), new.split(".")
+    value = {
+        "penalty": '"plain"',
+        "precision": '"bf16"',
+        "fill": "false",
+        "recalibrate": "7",
+        "refit": "7",
+        "renew": "7",
+    }
+    text = value.get(key, "0.5")
+    with pytest.warns(FutureWarning, match=f"'{old}' is now called '{new}'"):
+        recipe = read_recipe(written(tmp_path, f"[{part}]\n{key} = {text}"))
+    assert recipe == read_recipe(written(tmp_path, f"[{new_part}]\n{new_key} = {text}"))
+    with pytest.raises(RecipeError, match="the same setting"):
+        read_recipe(
+            written(
+                tmp_path, f"[{part}]\n{key} = {text}\n" + f"[{new_part}]\n" * (part != new_part) + f"{new_key} = {text}"
+            )
+        )
+
+
+def test_a_written_recipe_explains_its_keys():
+    text = write_recipe(Recipe())
+    meaning = field_docstrings(ClosingPart)["min_open"]
+    assert " ".join(text.replace("\n# ", " ").split()).count(meaning) == 1

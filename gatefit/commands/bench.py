@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.commands.convert import open_folder
+from gatefit.commands.opened import open_folder
 from gatefit.deployment.bench.timing import Row, Timing, bench
 from gatefit.deployment.bench.what_if import keep_open, set_share
 from gatefit.deployment.deploy import deploy

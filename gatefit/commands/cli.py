@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -75,9 +74,9 @@ def convert(
             ),
             data=_override(whole.data, name=_absolute(data) or None, corrupt="skip" if skip_corrupt else None),
             gates=_override(whole.gates, kinds=gates.value if gates else None),
-            finetune=_override(
-                whole.finetune if l1 is None and target is None else replace(whole.finetune, l1=None, target=None),
-                epochs=epochs,
+            finetune=_override(whole.finetune, epochs=epochs),
+            closing=_override(
+                whole.closing if l1 is None and target is None else replace(whole.closing, l1=None, target=None),
                 l1=l1,
                 target=target,
             ),
@@ -85,7 +84,7 @@ def convert(
         folder = out or Path("runs") / name
         messages = Console(stderr=True, quiet=not _is_main(), markup=False)
         with TrainingBar(messages) as bar:
-            done = run(whole, folder, resume=resume, say=partial(messages.print, soft_wrap=True), report=bar)
+            done = run(whole, folder, resume=resume, on_progress=bar)
         if not _is_main():
             return
         if as_json:
@@ -158,8 +157,8 @@ def evaluate(
     """Accuracy, agreement with the original, MACs per image and open gates of a converted network."""
     with _session() as stdout:
         _choose_device(device)
-        from gatefit.commands.convert import evaluate_folder
         from gatefit.commands.display import show_report
+        from gatefit.commands.opened import evaluate_folder
 
         _, report = evaluate_folder(folder, data, skip_corrupt)
         if as_json:
@@ -179,7 +178,7 @@ def report(
     """Write a page with pictures, report.html, into the first folder: its figures, compared with the others'."""
     with _session() as stdout:
         _choose_device(device)
-        from gatefit.commands.convert import report_folders
+        from gatefit.commands.opened import report_folders
 
         page = report_folders(folders, data, skip_corrupt, block)
         Console(file=stdout, markup=False).print(f"written: {page}", soft_wrap=True)
@@ -213,9 +212,9 @@ def deploy(
 ) -> None:
     """Make a converted network fast: only what an image needs is run, outputs stay the same."""
     with _session() as stdout:
-        from gatefit.commands.convert import open_folder
         from gatefit.commands.deploy import deploy_folder
         from gatefit.commands.display import show_deployment
+        from gatefit.commands.opened import open_folder
 
         opened = open_folder(folder, data, skip_corrupt)
         rows = deploy_folder(folder, opened, backend.value, masks, prune_unused, batch, out, placement.value)

@@ -1,21 +1,21 @@
-"""The main job, from a recipe to an output folder."""
+"""The main job, from a recipe to an output folder, as a list of stages."""
 
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from torch import fx, nn
+from accelerate import PartialState
+from torch import Tensor, fx, nn
 
-from gatefit.commands.report.result import REPORT, Result, read_result
-from gatefit.errors import CheckpointError, DataError, RecipeError, TrainingError
-from gatefit.files import read_json, remove_tree, write_atomically, write_json, write_tensors
-from gatefit.folder import ORIGINAL, Figures
-from gatefit.gating.checkpoint import load, load_original, save
-from gatefit.gating.gates import gates_of
+from gatefit.commands.figures import kept_figures, summarise
+from gatefit.commands.output_folder import BASELINE, FINETUNE, check_folder, output_folder
+from gatefit.commands.report.result import REPORT, Result
+from gatefit.errors import DataError, RecipeError
+from gatefit.files import write_json, write_tensors
+from gatefit.folder import ORIGINAL
+from gatefit.gating.checkpoint import save
 from gatefit.gating.info import info_of, set_info
 from gatefit.gating.insert import retrofit, rewrite
 from gatefit.inputs.data import Splits, read_data
@@ -30,15 +30,14 @@ from gatefit.inputs.models import (
     read_weights,
     skeleton,
 )
-from gatefit.recipe import FinetunePart, Recipe, read_recipe, write_recipe
+from gatefit.progress import OnProgress, Progress, silent
+from gatefit.recipe import FinetunePart, Recipe
 from gatefit.training.evaluate import Evaluation, evaluate
-from gatefit.training.finetune import check_settings, finetune, train_dense
-from gatefit.training.trainer import Epoch, Progress, Report
+from gatefit.training.finetune import check_closing, check_settings, finetune, train_dense
+from gatefit.training.trainer import Epoch
 
-RECIPE = "recipe.toml"
 TOLERANCE = 0.02
 """Largest distance from the target that passes without a word."""
-_CHECKPOINTS = {"baseline": "checkpoint-baseline.safetensors", "fine-tune": "checkpoint.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -51,248 +50,75 @@ class Conversion:
     """The content of report.json."""
 
 
-def convert(
-    recipe: Recipe,
-    out: Path,
-    *,
-    resume: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-    report: Report = lambda _: None,
-) -> Conversion:
+def convert(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnProgress = silent) -> Conversion:
     """Build, train where the recipe has a baseline, retrofit, fine-tune, evaluate, and write `out`.
 
     Args:
         recipe: everything that the result depends on.
         out: folder to write; must be new, or one that is resumed.
         resume: go on with a broken run of the same recipe.
-        say: called with one line at each stage.
-        report: called after each training step.
+        on_progress: called after each step of each stage, and with one line at each stage.
 
     Raises:
         GatefitError: whatever the user can mend; nothing half-written is left behind. What a training had saved
             before something else than itself went wrong stays, and `resume` takes it up.
     """
-    main = PartialState().is_main_process
-    _check_out(recipe, out, resume)
-    if recipe.finetune.l1 is None and recipe.finetune.target is None:
-        raise RecipeError("give --l1 X or --target SHARE: without either no gate would close")
-    reference, model, data, trained = _prepare(recipe, say)
-    spec = input_spec(model, recipe.model.image_size or None)
-    if trained and not recipe.data.name:
-        data = data.unlabelled()  # Imagenette's classes are not the network's
-    data, fitting = _fit_labels(model, data, spec, trained, say)
-    example = torch.zeros(2, *spec.shape)
-    existed = out.exists()
-    fresh = not existed or not any(out.iterdir())
-    try:
-        if main:
-            write_atomically(out / RECIPE, lambda file: file.write_text(write_recipe(recipe)))
-        if recipe.baseline.epochs:
-            # What cannot work is refused now, not when the baseline is trained.
-            planned = rewrite(model, example, recipe.gates.kinds, recipe.gates.form)
-            check_settings(planned, data.train, recipe.finetune, recipe.gates.start)
-            _train_baseline(recipe, model, data, spec, out, resume, say, report)
-            trained = True
-        gated = retrofit(model, example, recipe.gates.kinds, recipe.gates.form, recipe.gates.compensation)
-        set_info(gated, input=spec, reference=reference)
-        checked = info_of(gated).verification
-        assert checked is not None
-        say(
-            f"converted: {checked.outputs} outputs equal the original's to the bit; {checked.closed_units} closed "
-            f"units and {checked.closed_blocks} closed blocks overwritten with noise without changing one"
-        )
-        history = finetune(
-            gated,
-            data,
-            model if trained else None,
-            settings=recipe.finetune,
-            start=recipe.gates.start,
-            seed=recipe.seed,
-            report=report,
-            checkpoint=out / _CHECKPOINTS["fine-tune"],
-            resume=resume,
-        )
-        say(f"evaluating on {len(data.test)} images")
-        evaluation = evaluate(
-            gated, data, model if trained else None, lambda done, images: report(Progress("evaluate", done, images))
-        )
-        target = recipe.finetune.target
-        if target is not None and abs(evaluation.share - target) > TOLERANCE:
-            say(f"note: the target was {target}, the share reached on the test images is {evaluation.share:.3f}")
-        summary = summarise(recipe, reference, evaluation, history, fitting)
-        if main:
-            write_tensors(out / ORIGINAL, model.state_dict())
-            classes = data.train.classes if fitting else None
-            save(gated, out, classes=classes, figures=kept_figures(evaluation, recipe.data.name or "imagenette"))
-            write_json(out / REPORT, summary)  # marks the folder as complete
-            for name in _CHECKPOINTS.values():
-                (out / name).unlink(missing_ok=True)
-            fresh = False
-            _write_page(out, summary, evaluation, data, say)
-    except BaseException as error:
-        saved = any((out / c).exists() for c in _CHECKPOINTS.values())
-        resumable = saved and not isinstance(error, TrainingError | RecipeError)  # those would come again
-        if fresh and main and not resumable:
-            remove_tree(out)
-            if existed:
-                out.mkdir(exist_ok=True)
-        elif main and resumable and isinstance(error, Exception):
-            say(f"what was trained so far is kept: mend what follows, then go on with --resume --out {out}")
-        raise
-    return Conversion(gated, evaluation, summary)
-
-
-def summarise(
-    recipe: Recipe, reference: ModelReference, evaluation: Evaluation, history: list[Epoch], labelled: bool
-) -> dict[str, Any]:
-    """The content of report.json: figures of `evaluation`, MACs as means per image."""
-    return {
-        "model": str(reference),
-        "data": recipe.data.name or "imagenette",
-        "seed": recipe.seed,
-        "labels": labelled,
-        **figures(evaluation),
-        "history": [asdict(e) for e in history],
-    }
-
-
-def figures(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation as plain JSON values."""
-    macs = evaluation.macs
-    return {
-        "images": evaluation.images,
-        "dense": {"accuracy": evaluation.dense_accuracy, "macs": evaluation.dense_macs},
-        "gated": {
-            "accuracy": evaluation.accuracy,
-            "agreement": evaluation.agreement,
-            "macs_sequential": evaluation.macs_sequential,
-            "macs_parallel": evaluation.macs_parallel,
-            "share": evaluation.share,
-            "macs_std": float(macs.std(correction=0)),
-            "macs_min": float(macs.min()),
-            "macs_max": float(macs.max()),
-            "paths": evaluation.paths,
-        },
-        "histogram": _histogram(evaluation),
-        "gates": [asdict(g) for g in evaluation.gates],
-    }
-
-
-def kept_figures(evaluation: Evaluation, data: str) -> Figures:
-    """The figures of an evaluation that `config.json` keeps; of images in a folder, the folder's own name."""
-    return Figures(
-        data=Path(data).name if Path(data).is_absolute() else data,
-        images=evaluation.images,
-        accuracy=evaluation.accuracy,
-        agreement=evaluation.agreement,
-        macs=evaluation.macs_sequential,
-        share=evaluation.share,
-        original_accuracy=evaluation.dense_accuracy,
-        original_macs=evaluation.dense_macs,
-    )
-
-
-def evaluate_folder(folder: Path, data: str = "", skip_corrupt: bool = False) -> tuple[Evaluation, dict[str, Any]]:
-    """Evaluate a folder that `convert` wrote, on its own data or others.
-
-    Raises:
-        GatefitError: the folder or the data cannot be read.
-    """
-    opened = open_folder(folder, data, skip_corrupt)
-    opened.gated.to(Accelerator().device)
-    evaluation = evaluate(opened.gated, opened.data, opened.teacher)
-    return evaluation, {"model": opened.name, **figures(evaluation)}
-
-
-def report_folders(folders: list[Path], data: str = "", skip_corrupt: bool = False, block: str = "") -> Path:
-    """Write the page of the first folder, compared with the others; see `gatefit.commands.report.write.write_report`.
-
-    Raises:
-        GatefitError: a folder or the data cannot be read, or there is no such block.
-    """
-    from gatefit.commands.report.write import (
-        write_report,  # matplotlib takes half a second: only where something is drawn
-    )
-
-    result, *others = (read_result(folder) for folder in folders)
-    opened = open_folder(folders[0], data, skip_corrupt)
-    known = [name for name, gate in gates_of(opened.gated).items() if gate.channel is not None]
-    if block and block not in known:
-        raise RecipeError(f"no block '{block}' with a channel gate; there are {', '.join(known) or 'none'}")
-    opened.gated.to(Accelerator().device)
-    evaluation = evaluate(opened.gated, opened.data, opened.teacher)
-    if data:
-        result = replace(result, report={**result.report, **figures(evaluation), "data": data})
-    return write_report(folders[0], result, others, evaluation, opened.data.test, block)
+    check_folder(recipe, out, resume)
+    check_closing(recipe.closing)
+    run = _Run(recipe, out, resume, PartialState().is_main_process, on_progress)
+    inputs = prepare(run)
+    with output_folder(recipe, out, run.main, on_progress):
+        inputs = train_baseline(run, inputs)
+        gated = insert_gates(run, inputs)
+        history = close_gates(run, inputs, gated)
+        evaluation = evaluate_result(run, inputs, gated)
+        report = write_result(run, inputs, gated, evaluation, history)
+    return Conversion(gated, evaluation, report)
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A folder that `convert` wrote."""
+class _Run:
+    """What every stage is told."""
 
-    name: str
-    """Of the model."""
-    gated: fx.GraphModule
-    original: nn.Module | None
+    recipe: Recipe
+    out: Path
+    resume: bool
+    main: bool
+    """Whether this process is the one that writes."""
+    on_progress: OnProgress
+
+    def say(self, line: str) -> None:
+        """Tell the user one line."""
+        self.on_progress(Progress("convert", message=line))
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The original network and its images."""
+
+    reference: ModelReference
+    model: nn.Module
     data: Splits
+    spec: InputSpec
+    labelled: bool
+    """Whether the labels are used: they fit the network's head."""
     trained: bool
-    """Whether the original had learnt anything; without weights or a baseline it had not."""
+    """Whether the network has learnt anything yet: from weights or a baseline."""
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The original, if there is anything to compare with it."""
-        return self.original if self.trained else None
+        """Give the original, if there is anything to learn from it."""
+        return self.model if self.trained else None
+
+    @property
+    def example(self) -> Tensor:
+        """Give a batch of two empty images, (2, C, H, W)."""
+        return torch.zeros(2, *self.spec.shape)
 
 
-def open_folder(folder: Path, data: str = "", skip_corrupt: bool = False) -> Opened:
-    """Read a folder that `convert` wrote, with its own data or others.
-
-    Raises:
-        GatefitError: the folder or the data cannot be read.
-    """
-    gated = load(folder)
-    recipe = read_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else Recipe()
-    if not data and not (folder / RECIPE).is_file():
-        raise DataError(f"{folder} does not say what data it was made with; pass --data")
-    corrupt = "skip" if skip_corrupt else recipe.data.corrupt
-    limit = 0 if data else recipe.data.limit
-    splits = read_data(data or recipe.data.name, info_of(gated).input, corrupt, recipe.seed, limit)
-    trained = recipe.model.pretrained or bool(recipe.model.weights) or recipe.baseline.epochs > 0
-    reference = info_of(gated).reference
-    return Opened(reference.name if reference else "", gated, load_original(folder), splits, trained)
-
-
-def _histogram(evaluation: Evaluation, bins: int = 20) -> dict[str, list[float]]:
-    """Images by their share of the dense MACs."""
-    share = evaluation.macs / evaluation.dense_macs
-    low, high = float(share.min()), float(share.max())
-    if high - low < 1e-9:
-        return {"edges": [low, high], "counts": [evaluation.images]}
-    counts = torch.histc(share, bins, low, high)
-    return {"edges": torch.linspace(low, high, bins + 1).tolist(), "counts": counts.tolist()}
-
-
-def _check_out(recipe: Recipe, out: Path, resume: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"'{out}' is a file; choose another --out")
-    if not resume:
-        if out.exists() and any(out.iterdir()):
-            raise CheckpointError(f"'{out}' exists; choose another --out, or go on with --resume")
-    elif out.exists() and any(out.iterdir()) and not (out / RECIPE).is_file():
-        raise CheckpointError(f"'{out}' is not a run of gatefit: it has no {RECIPE}; choose another --out")
-    elif (out / RECIPE).is_file():
-        if (out / RECIPE).read_text() != write_recipe(recipe):
-            raise RecipeError(f"'{out}' was begun with another recipe ({out / RECIPE}); resume with the same options")
-        if (out / REPORT).is_file():
-            read_json(out / REPORT)
-            raise CheckpointError(f"'{out}' is complete; there is nothing to resume")
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise CheckpointError(f"'{out}' cannot be written: no permission in '{parent}'; choose another --out")
-
-
-def _prepare(recipe: Recipe, say: Callable[[str], None]) -> tuple[ModelReference, nn.Module, Splits, bool]:
-    """The network with its weights, and the images for it."""
+def prepare(run: _Run) -> _Inputs:
+    """Build the network with its weights, read the images, and decide whether the labels fit."""
+    recipe = run.recipe
     part = recipe.model
     if not part.name:
         raise RecipeError("no model: name one on the command line or in the recipe's [model]")
@@ -304,23 +130,120 @@ def _prepare(recipe: Recipe, say: Callable[[str], None]) -> tuple[ModelReference
     if trained:
         reference, model = _with_weights(reference, part.pretrained, part.weights)
     if not recipe.data.name:
-        say(
+        run.say(
             "no --data given: fine-tuning on Imagenette (9,469 ImageNet images of 10 classes, fetched through "
             "torchvision) by distillation from the original, which needs no labels"
         )
-    spec = input_spec(skeleton(reference) if model is None else model, part.image_size or None)
-    data = read_data(recipe.data.name, spec, recipe.data.corrupt, recipe.seed, recipe.data.limit)
+    expected = input_spec(skeleton(reference) if model is None else model, part.image_size or None)
+    data = read_data(recipe.data.name, expected, recipe.data.corrupt, recipe.seed, recipe.data.limit)
     if model is None:
         torch.manual_seed(recipe.seed)
         classes = len(data.train.classes)
         if reference.source != "file" and classes:
             reference = replace(reference, arguments={"num_classes": classes})
         model = build(reference)
-    return reference, model, data, trained
+    spec = input_spec(model, part.image_size or None)
+    if trained and not recipe.data.name:
+        data = data.unlabelled()  # Imagenette's classes are not the network's
+    data, labelled = _fit_labels(model, data, spec, trained, run.say)
+    return _Inputs(reference, model, data, spec, labelled, trained)
+
+
+def train_baseline(run: _Run, inputs: _Inputs) -> _Inputs:
+    """Train the dense network on labels, where the recipe has a baseline."""
+    recipe, part = run.recipe, run.recipe.baseline
+    if not part.epochs:
+        return inputs
+    # What cannot work is refused now, not when the baseline is trained.
+    planned = rewrite(inputs.model, inputs.example, recipe.gates.kinds, recipe.gates.form)
+    check_settings(planned, inputs.data.train, recipe.finetune, recipe.closing, recipe.gates.start)
+    run.say(f"training the dense network for {part.epochs} epochs on {len(inputs.data.train)} images")
+    loop = FinetunePart(
+        epochs=part.epochs,
+        batch_size=part.batch_size,
+        lr=part.lr,
+        weight_decay=part.weight_decay,
+        augment=recipe.finetune.augment,
+        flip=recipe.finetune.flip,
+        mixed_precision=recipe.finetune.mixed_precision,
+        compile=recipe.finetune.compile,
+    )
+    train_dense(
+        inputs.model,
+        inputs.data.train,
+        inputs.spec,
+        loop,
+        seed=recipe.seed,
+        on_progress=run.on_progress,
+        checkpoint=run.out / BASELINE,
+        resume=run.resume,
+    )
+    return replace(inputs, trained=True)
+
+
+def insert_gates(run: _Run, inputs: _Inputs) -> fx.GraphModule:
+    """Retrofit the gates, and say what the proof checked."""
+    part = run.recipe.gates
+    gated = retrofit(inputs.model, inputs.example, part.kinds, part.form, part.compensation)
+    set_info(gated, input=inputs.spec, reference=inputs.reference)
+    checked = info_of(gated).verification
+    assert checked is not None
+    run.say(
+        f"converted: {checked.outputs} outputs equal the original's to the bit; {checked.closed_units} closed "
+        f"units and {checked.closed_blocks} closed blocks overwritten with noise without changing one"
+    )
+    return gated
+
+
+def close_gates(run: _Run, inputs: _Inputs, gated: fx.GraphModule) -> list[Epoch]:
+    """Fine-tune the gated network."""
+    recipe = run.recipe
+    return finetune(
+        gated,
+        inputs.data,
+        inputs.teacher,
+        settings=recipe.finetune,
+        distillation=recipe.distillation,
+        closing=recipe.closing,
+        start=recipe.gates.start,
+        seed=recipe.seed,
+        on_progress=run.on_progress,
+        checkpoint=run.out / FINETUNE,
+        resume=run.resume,
+    )
+
+
+def evaluate_result(run: _Run, inputs: _Inputs, gated: fx.GraphModule) -> Evaluation:
+    """Evaluate the gated network on the test images, beside the original."""
+    run.say(f"evaluating on {len(inputs.data.test)} images")
+    evaluation = evaluate(gated, inputs.data, inputs.teacher, run.on_progress)
+    target = run.recipe.closing.target
+    if target is not None and abs(evaluation.share - target) > TOLERANCE:
+        run.say(f"note: the target was {target}, the share reached on the test images is {evaluation.share:.3f}")
+    return evaluation
+
+
+def write_result(
+    run: _Run, inputs: _Inputs, gated: fx.GraphModule, evaluation: Evaluation, history: list[Epoch]
+) -> dict[str, Any]:
+    """Write networks, figures and the page; report.json, which marks the folder as complete, comes last of the first.
+
+    Returns:
+        The content of report.json.
+    """
+    recipe = run.recipe
+    report = summarise(recipe, inputs.reference, evaluation, history, inputs.labelled)
+    if run.main:
+        write_tensors(run.out / ORIGINAL, inputs.model.state_dict())
+        classes = inputs.data.train.classes if inputs.labelled else None
+        save(gated, run.out, classes=classes, figures=kept_figures(evaluation, recipe.data.name or "imagenette"))
+        write_json(run.out / REPORT, report)
+        _write_page(run, report, evaluation, inputs.data)
+    return report
 
 
 def _with_weights(reference: ModelReference, pretrained: bool, weights: str) -> tuple[ModelReference, nn.Module]:
-    """Build with weights; a head of another size than the name's default is taken from the file."""
+    """Build a network with weights; a head of another size than the name's default is taken from the file."""
     if pretrained:
         return reference, build(reference, pretrained=True)
     model = build(reference)
@@ -337,7 +260,7 @@ def _with_weights(reference: ModelReference, pretrained: bool, weights: str) -> 
 def _fit_labels(
     model: nn.Module, data: Splits, spec: InputSpec, trained: bool, say: Callable[[str], None]
 ) -> tuple[Splits, bool]:
-    """Labels are used where they fit the head; a trained network can do without."""
+    """Decide whether the labels are used: where they fit the head. A trained network can do without."""
     outputs, classes = output_count(model, spec), len(data.train.classes)
     if data.train.fits(outputs):
         if not classes:
@@ -353,39 +276,12 @@ def _fit_labels(
     return data.unlabelled(), False
 
 
-def _train_baseline(
-    recipe: Recipe,
-    model: nn.Module,
-    data: Splits,
-    spec: InputSpec,
-    out: Path,
-    resume: bool,
-    say: Callable[[str], None],
-    report: Callable[[Progress], None],
-) -> None:
-    part = recipe.baseline
-    say(f"training the dense network for {part.epochs} epochs on {len(data.train)} images")
-    file = out / _CHECKPOINTS["baseline"]
-    settings = FinetunePart(
-        epochs=part.epochs,
-        batch_size=part.batch_size,
-        lr=part.lr,
-        weight_decay=part.weight_decay,
-        augment=recipe.finetune.augment,
-        flip=recipe.finetune.flip,
-        mixed_precision=recipe.finetune.mixed_precision,
-        compile=recipe.finetune.compile,
-    )
-    train_dense(model, data.train, spec, settings, seed=recipe.seed, report=report, checkpoint=file, resume=resume)
-
-
-def _write_page(
-    out: Path, summary: dict[str, Any], evaluation: Evaluation, data: Splits, say: Callable[[str], None]
-) -> None:
-    """The page, without which the folder is complete too."""
+def _write_page(run: _Run, report: dict[str, Any], evaluation: Evaluation, data: Splits) -> None:
+    """Write the page; without it the folder is complete too."""
     try:
         from gatefit.commands.report.write import write_report
 
-        write_report(out, Result(out.resolve().name, summary, []), [], evaluation, data.test)
+        write_report(run.out, Result(run.out.resolve().name, report, []), [], evaluation, data.test)
     except Exception as error:
-        say(f"note: the page could not be written ({error}); everything else was, and gatefit report {out} tries again")
+        again = f"gatefit report {run.out}"
+        run.say(f"note: the page could not be written ({error}); everything else was, and {again} tries again")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.commands.convert import Opened
+from gatefit.commands.opened import Opened
 from gatefit.decisions import Placement
 from gatefit.deployment.bench.baselines import dense_engines
 from gatefit.deployment.bench.timing import times

@@ -14,7 +14,7 @@ from gatefit.deployment.bench.timing import Row, Timing
 from gatefit.deployment.plan import Deployment
 from gatefit.formats import mega, percent
 from gatefit.graph.blocks import FoundBlocks
-from gatefit.training.trainer import Progress as Step
+from gatefit.progress import Progress as Step
 
 
 class TrainingBar(AbstractContextManager["TrainingBar"]):
@@ -40,7 +40,11 @@ class TrainingBar(AbstractContextManager["TrainingBar"]):
         self._progress.stop()
 
     def __call__(self, step: Step) -> None:
-        """Show a step of any stage."""
+        """Show a step of any stage, or its message."""
+        if step.message:
+            self._progress.console.print(step.message, soft_wrap=True)
+        if not step.steps:
+            return
         if step.stage not in self._tasks:
             self._tasks[step.stage] = self._progress.add_task(step.stage, total=step.steps, figures="")
         figures = [] if step.loss is None else [f"loss {step.loss:.3f}"]

@@ -12,7 +12,7 @@ import timm
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from torch import fx, nn
 
-from gatefit.commands.convert import kept_figures
+from gatefit.commands.figures import kept_figures
 from gatefit.errors import CheckpointError
 from gatefit.files import write_atomically
 from gatefit.folder import CONFIG, WEIGHTS, Config, Figures, read_config
@@ -201,7 +201,8 @@ def _refuse_code(config: Config, name: str) -> None:
         raise CheckpointError(
             f"'{name}' was saved from a network of its author's own; call gatefit.from_pretrained({name!r}, model=...)"
         )
-    source, model, arguments = (config.model.get(key) for key in ("source", "name", "arguments"))
+    source, arguments = config.model.get("source"), config.model.get("arguments")
+    model = str(config.model.get("name"))
     if source == "file":
         raise CheckpointError(
             f"'{name}' names code, the function '{model}', which gatefit does not run for it; build the network "

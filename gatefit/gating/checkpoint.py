@@ -79,6 +79,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule:
                 raise CheckpointError(
                     f"{folder} was saved from a network of your own; call gatefit.load(folder, model=...)"
                 )
+            _need_file(reference, folder)
             model = build(reference)
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.input.items()}
         spec = InputSpec(**given)
@@ -150,9 +151,19 @@ def _read_reference(config: Config, folder: Path) -> ModelReference | None:
         if reference.source != "file":
             return reference
         path, function = reference.name.rsplit(":", 1)
-        return ModelReference("file", f"{(folder.resolve() / path).resolve()}:{function}", reference.arguments)
+        file = (folder.resolve() / path).resolve()
+        return ModelReference("file", f"{file}:{function}", reference.arguments)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG} is not one that gatefit wrote: {error}") from error
+
+
+def _need_file(reference: ModelReference, folder: Path) -> None:
+    file = reference.name.rpartition(":")[0]
+    if reference.source == "file" and not Path(file).is_file():
+        raise CheckpointError(
+            f"no file '{file}', which builds the network of {folder}; put it there, or call "
+            "gatefit.load(folder, model=...)"
+        )
 
 
 def _blocks(gated: fx.GraphModule) -> list[dict[str, Any]]:
@@ -170,10 +181,10 @@ def _architecture(gated: fx.GraphModule) -> str:
         what: Any = node.target
         if node.op == "call_module":
             module = gated.get_submodule(str(node.target))
-            what = "gate" if isinstance(module, Gate) else module
+            what = "gate" if isinstance(module, Gate) else f"{node.target} {module}"
         elif node.op == "call_function":
-            home = "gatefit" if what.__module__.startswith("gatefit.") else what.__module__
-            what = f"{home}.{what.__name__}"
+            home = str(getattr(what, "__module__", ""))
+            what = f"{'gatefit' if home.startswith('gatefit.') else home}.{getattr(what, '__name__', '')}"
         lines.append(f"{node.op} {what} {fx.map_arg((node.args, node.kwargs), lambda n: f'#{numbers[n]}')}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.gating.gates import Gate, gates_of
-from gatefit.gating.measure import BlockMeasures, Measures, Tick, block_damage, measure
+from gatefit.gating.measure import BlockMeasures, Measures, block_damage, measure
 from gatefit.gating.penalty import unit_weights
 from gatefit.graph.mode import evaluating
 from gatefit.inputs.data import ImageSet
+from gatefit.progress import OnProgress, silent
 
 RIDGE = 1e-3
 SPREAD = 4.0
@@ -55,7 +56,8 @@ def initialise_from_data(
     count: int = 5000,
     batch: int = 50,
     seed: int = 0,
-    tick: Tick = lambda done, of: None,
+    on_progress: OnProgress = silent,
+    stage: str = "initialise",
 ) -> float:
     """Set the gates' weights from `count` images; the threshold goes back to 0, where the gates are open.
 
@@ -65,7 +67,7 @@ def initialise_from_data(
         count: images that are measured, drawn by `seed`.
         batch: images at once.
         seed: of the choice of images and of the labels that are drawn from the predictions.
-        tick: called after each batch.
+        on_progress: called after each batch, as `stage`.
 
     Returns:
         k, the factor between scores and pre-activations.
@@ -76,7 +78,7 @@ def initialise_from_data(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(images), generator=generator)[:count]
     with evaluating(gated):
-        measures = measure(gated, images, [b.tolist() for b in chosen.split(batch)], generator, tick)
+        measures = measure(gated, images, [b.tolist() for b in chosen.split(batch)], generator, on_progress, stage)
         damage = block_damage(gated, images, chosen[: count // 16], batch)
         fits, spread = _fit(gated, measures, damage)
         k = SPREAD / float(spread.std().clamp_min(1e-12))

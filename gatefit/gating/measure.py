@@ -17,12 +17,11 @@ from gatefit.gating.info import info_of
 from gatefit.graph.ops import harden, scale
 from gatefit.inputs.data import ImageSet, normalise
 from gatefit.inputs.loader import loader
+from gatefit.progress import OnProgress, Progress, silent
 
 SOFTNESS = 4.0
 """Temperature of the predictions whose entropy says how hard an image is: at 1 a network is sure of what it knows."""
 
-Tick = Callable[[int, int], None]
-"""Called after each step of long work with the steps done, and the number of steps."""
 GateForward = Callable[[Gate, Tensor], GateResult]
 """Stands in for `Gate.forward`."""
 
@@ -61,7 +60,12 @@ class Measures:
 
 
 def measure(
-    gated: fx.GraphModule, images: ImageSet, batches: list[list[int]], generator: torch.Generator, tick: Tick
+    gated: fx.GraphModule,
+    images: ImageSet,
+    batches: list[list[int]],
+    generator: torch.Generator,
+    on_progress: OnProgress = silent,
+    stage: str = "initialise",
 ) -> Measures:
     """Run `gated`, in eval mode, on batches of images by their indices, and measure all of its gates.
 
@@ -70,7 +74,7 @@ def measure(
         images: labels are not used.
         batches: the indices of each batch.
         generator: draws the labels.
-        tick: called after each batch.
+        on_progress: called after each batch, as `stage`.
 
     Raises:
         TrainingError: the network's outputs are not finite.
@@ -88,7 +92,7 @@ def measure(
         entropies.append(-(soft.exp() * soft).sum(1))
         for name, block in probe.measures(nn.functional.cross_entropy(logits, labels, reduction="sum")):
             rows[name].append(block)
-        tick(done, len(batches))
+        on_progress(Progress(stage, done, len(batches)))
     hardness = torch.cat(entropies)
     hardness = (hardness - hardness.mean()) / hardness.std(correction=0).clamp_min(1e-12)
     return Measures({name: _joined(parts) for name, parts in rows.items()}, hardness)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gatefit.gating.gates import Gate
-from gatefit.gating.initialise import Tick
 from gatefit.graph.ops import add_compensation
 from gatefit.graph.trace import module_of, shape_of
+from gatefit.progress import OnProgress, Progress, silent
 
 PRIOR_IMAGES = 40
 """Pull of each weight towards its present value, as if so many images had spoken for it."""
@@ -37,7 +37,7 @@ def images_that_fit(gated: fx.GraphModule) -> int:
 
 
 @torch.no_grad()
-def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], tick: Tick = lambda done, of: None) -> int:
+def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], on_progress: OnProgress = silent) -> int:
     """Refit the layers of `gated` that read changed inputs, in place, with its gates as they are; leaves eval mode.
 
     Grouped convolutions keep their weights, and so do layers that are called more than once; BN statistics stay.
@@ -45,7 +45,7 @@ def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], tick: Tick = l
     Args:
         gated: from `retrofit`, its thresholds as they will be used.
         batches: normalised images, (B, C, H, W) each; all are held in memory at once.
-        tick: told after each node.
+        on_progress: called after each node.
 
     Returns:
         How many layers were refitted.
@@ -55,7 +55,7 @@ def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], tick: Tick = l
     calls = [n.target for n in gated.graph.nodes if n.op == "call_module"]
     reconstructed = 0
     for done, node in enumerate(gated.graph.nodes, 1):
-        tick(done, len(gated.graph.nodes))
+        on_progress(Progress("reconstruct", done, len(gated.graph.nodes)))
         if node.op == "output":
             break
         changed = runs.run_open(node)

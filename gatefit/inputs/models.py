@@ -114,7 +114,10 @@ def build(reference: ModelReference, pretrained: bool = False) -> nn.Module:
             model = torchvision.models.get_model(reference.name, weights=weights, **reference.arguments)
     except Exception as error:
         if reference.on_hub:
-            raise ModelError(f"{reference} could not be fetched from the Hugging Face Hub ({_short(error)})") from error
+            raise ModelError(
+                f"{reference} could not be fetched from the Hugging Face Hub ({_short(error).split('. ')[0]}); "
+                "check its name and the network"
+            ) from error
         if pretrained:
             raise ModelError(
                 f"the pretrained weights of {reference} could not be fetched ({_short(error)}); "

@@ -1,7 +1,6 @@
 """Accuracy, agreement with the original, and what each image really runs."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from gatefit.gating.info import info_of
 from gatefit.inputs.data import Source, as_images, normalise
 from gatefit.inputs.loader import loader
 from gatefit.inputs.models import output_count
+from gatefit.progress import OnProgress, Progress, silent
 
 BATCH = 250
 
@@ -71,7 +71,7 @@ def evaluate(
     gated: fx.GraphModule,
     data: Source,
     teacher: nn.Module | None = None,
-    report: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress = silent,
 ) -> Evaluation:
     """Run a gated network in eval mode over the test images of `data`.
 
@@ -79,7 +79,7 @@ def evaluate(
         gated: from `retrofit`, `finetune` or `load`; its mode is put back.
         data: see `gatefit.inputs.data.as_images`; labels that do not fit the head are not used.
         teacher: the original network, for agreement and the dense accuracy.
-        report: called with (images done, images in all).
+        on_progress: called after each batch, with the images done.
 
     Raises:
         DataError: there are no images.
@@ -116,8 +116,7 @@ def evaluate(
             outer = opened_masks[parent][-1][:, :1] if parent else True  # what is skipped runs no inner block
             opened_masks[name].append(decided.blocks[name].mask.cpu() & outer)
         done += len(labels)
-        if report is not None:
-            report(done, len(images))
+        on_progress(Progress("evaluate", done, len(images)))
     gated.train(training)
     masks = {name: torch.cat(parts) for name, parts in opened_masks.items()}
     macs, answered, labels = torch.cat(sequential), torch.cat(answers), torch.cat(truth)

@@ -15,7 +15,7 @@ from gatefit.errors import ConversionError
 from gatefit.gating.gates import PREFIX, gates_of
 from gatefit.gating.info import info_of
 from gatefit.graph.fold import fold_batch_norms
-from gatefit.recipe import FinetunePart
+from gatefit.recipe import DistillationPart
 
 COMPARED = 9
 """At most so many blocks are compared, evenly spaced up to the last: of more each is a little further, at the same
@@ -32,12 +32,14 @@ class Objective(nn.Module):
         labelled: whether labels mean anything; if not, distillation has the whole weight.
     """
 
-    def __init__(self, network: nn.Module, teacher: "Teacher | None", settings: FinetunePart, labelled: bool) -> None:
+    def __init__(
+        self, network: nn.Module, teacher: "Teacher | None", settings: DistillationPart, labelled: bool
+    ) -> None:
         super().__init__()
         self.student = with_outputs_of(network, teacher.blocks if teacher is not None else ())
         self.teacher = teacher
         self.settings = settings
-        self.weight = 0.0 if teacher is None else settings.distillation if labelled else 1.0
+        self.weight = 0.0 if teacher is None else settings.weight if labelled else 1.0
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, a scalar, and the predictions, (B, classes), for images (B, C, H, W) and labels (B,)."""

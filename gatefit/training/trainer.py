@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,13 +16,14 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from gatefit.errors import CheckpointError, RecipeError, TrainingError
+from gatefit.errors import CheckpointError, RecipeError, TrainingError, first_line
 from gatefit.files import write_tensors
 from gatefit.gating.gates import PREFIX, Gate
 from gatefit.inputs.data import ImageSet, normalise
 from gatefit.inputs.loader import augment, generator, loader
 from gatefit.inputs.models import InputSpec
-from gatefit.recipe import FinetunePart
+from gatefit.progress import OnProgress, Progress, silent
+from gatefit.recipe import DistillationPart, FinetunePart
 from gatefit.training.objective import Objective, Teacher
 
 CHECKPOINT_SECONDS = 120
@@ -41,38 +42,23 @@ class Epoch:
     lr: float
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a stage stands after a step; in training with means over the epoch under way."""
-
-    stage: str
-    step: int
-    steps: int
-    loss: float | None = None
-    accuracy: float | None = None
-    share: float | None = None
-
-
-Report = Callable[[Progress], None]
-
-
-class Closing(Protocol):
-    """What closes gates while a network trains (see `gatefit.gating.threshold`)."""
-
-    factor: float
-    """Kept in checkpoints."""
+class Controller(Protocol):
+    """Changes what a network runs while the network trains: gates that close today, exits and widths to come."""
 
     def begin(self) -> None:
-        """Before the first step of a fresh training."""
-
-    def share(self) -> float:
-        """Share of the dense MACs that the last forward ran."""
+        """Prepare the network before the first step of a fresh training."""
 
     def penalty(self) -> Tensor | None:
-        """Term of the loss for the last forward."""
+        """Give the term of the loss for the last forward, a scalar; None: there is none."""
 
     def step(self, step: int, steps: int, average: Callable[[float], float]) -> None:
-        """After optimiser step `step` of `steps`; `average` is over processes."""
+        """Act after optimiser step `step` (from 0) of `steps`; `average` is over processes."""
+
+    def state(self) -> dict[str, float]:
+        """Give what a checkpoint has to keep."""
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Take back what a checkpoint kept."""
 
 
 @dataclass
@@ -80,7 +66,7 @@ class _State:
     """What a checkpoint holds beside tensors."""
 
     step: int = 0
-    factor: float = 1.0
+    controllers: list[dict[str, float]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     """Of the epoch under way: loss, right answers, share, images."""
@@ -93,6 +79,23 @@ class Trainer:
 
     The order of images, their augmentation and the random state of every step depend on the seed and the
     step alone, so a run that was broken off ends as if it had not been.
+
+    Args:
+        network: what is trained.
+        images: training images, with labels where they fit.
+        spec: how images are normalised.
+        settings: the loop.
+        stage: name of the training in progress records and checkpoints.
+        seed: of all randomness.
+        on_progress: called after each step.
+        teacher: the original network, to distil from.
+        distillation: how it teaches.
+        controllers: what changes the work that the network does, in the order in which they act.
+        share: gives the share of the dense MACs that the last forward ran; None: it always runs whole.
+        gate_lr: peak learning rate of gates.
+
+    Raises:
+        RecipeError: the batch size does not fit, or there is nothing to learn from.
     """
 
     def __init__(
@@ -104,12 +107,17 @@ class Trainer:
         *,
         stage: str,
         seed: int,
-        report: Report,
+        on_progress: OnProgress = silent,
         teacher: nn.Module | None = None,
-        closing: Closing | None = None,
+        distillation: DistillationPart | None = None,
+        controllers: Sequence[Controller] = (),
+        share: Callable[[], float] | None = None,
+        gate_lr: float = 0.0,
     ) -> None:
         self.network, self.images, self.spec, self.settings = network, images, spec, settings
-        self.stage, self.seed, self.report, self.closing = stage, seed, report, closing
+        self.stage, self.seed, self.on_progress = stage, seed, on_progress
+        self.controllers, self.share = controllers, share
+        distillation = distillation or DistillationPart()
         AcceleratorState._reset_state()  # the precision of an earlier training in this process is over
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = Accelerator(
@@ -119,15 +127,15 @@ class Trainer:
         )
         self.device = self.accelerator.device
         network.to(self.device)
-        distilled = None if teacher is None else Teacher(teacher, network, settings.feature_weight > 0)
-        self.objective = Objective(network, distilled, settings, images.labels is not None).to(self.device)
+        distilled = None if teacher is None else Teacher(teacher, network, distillation.feature_weight > 0)
+        self.objective = Objective(network, distilled, distillation, images.labels is not None).to(self.device)
         self.state = _State()
         check_batches(settings, images)
         if images.labels is None and self.objective.teacher is None:
             raise RecipeError("there are neither labels that fit the network nor an original network to distil from")
         self.per_epoch = len(images) // settings.batch_size
         self.steps = self.per_epoch * settings.epochs
-        self.optimizer = _optimizer(network, settings)
+        self.optimizer = _optimizer(network, settings, gate_lr)
 
     def run(self, checkpoint: Path | None = None, resume: bool = False) -> list[Epoch]:
         """Train to the end, from `checkpoint` if there is one and `resume` is set."""
@@ -137,8 +145,9 @@ class Trainer:
             raise CheckpointError(f"only some of the processes find {checkpoint}: all hosts must share its folder")
         if found is not None:
             self._restore(found)
-        elif self.closing is not None:
-            self.closing.begin()
+        else:
+            for controller in self.controllers:
+                controller.begin()
         self.objective.to(memory_format=torch.channels_last)
         objective, optimizer = self.accelerator.prepare(self.objective, self.optimizer)
         saved = time.monotonic()
@@ -151,7 +160,7 @@ class Trainer:
             for images, labels, index in zip(*(t.chunk(s.accumulate) for t in batch), strict=True):
                 loss, right = self._loss(objective, images, labels, index, step // self.per_epoch)
                 self.accelerator.backward(loss / s.accumulate)
-                share = self.closing.share() if self.closing is not None else 1.0
+                share = self.share() if self.share is not None else 1.0
                 sums += torch.tensor([float(loss.detach()) / s.accumulate, right, share / s.accumulate])
             loss_sum, right_sum, share_sum = self.accelerator.reduce(sums.to(self.device), "sum").tolist()
             world = self.accelerator.num_processes
@@ -161,8 +170,9 @@ class Trainer:
                 )
             optimizer.step()
             optimizer.zero_grad()
-            if self.closing is not None:
-                self.closing.step(step, self.steps, self._average)
+            for controller in self.controllers:
+                controller.step(step, self.steps, self._average)
+            if self.controllers:
                 self._agree([t for k, t in self.network.state_dict().items() if k.startswith(f"{PREFIX}.")])
             self._note(loss_sum / world, right_sum, share_sum / world)
             due = time.monotonic() - saved > CHECKPOINT_SECONDS or self.state.step % self.per_epoch == 0
@@ -207,11 +217,12 @@ class Trainer:
             loss, logits = objective(x, labels)
         except TorchDynamoException as error:
             raise TrainingError(
-                f"the network could not be compiled ({str(error).splitlines()[0]}); set finetune.compile = false"
+                f"the network could not be compiled ({first_line(error)}); set finetune.compile = false"
             ) from error
-        penalty = self.closing.penalty() if self.closing is not None else None
+        for penalty in (controller.penalty() for controller in self.controllers):
+            loss = loss if penalty is None else loss + penalty
         right = int((logits.detach().argmax(1) == labels).sum()) if self.images.labels is not None else 0
-        return loss if penalty is None else loss + penalty, right
+        return loss, right
 
     def _set_rates(self, step: int) -> None:
         """A short warm-up and a cosine to zero, or the paper's drops."""
@@ -229,8 +240,8 @@ class Trainer:
             state.sums[i] += value
         means = [x / state.sums[3] for x in state.sums[:3]]
         accuracy = means[1] if self.images.labels is not None else None
-        ran = means[2] if self.closing is not None else None
-        self.report(Progress(self.stage, state.step, self.steps, means[0], accuracy, ran))
+        ran = means[2] if self.share is not None else None
+        self.on_progress(Progress(self.stage, state.step, self.steps, means[0], accuracy, ran))
         if state.step % self.per_epoch == 0:
             lr = self.optimizer.param_groups[0]["lr"]
             state.history.append(asdict(Epoch(state.step // self.per_epoch, means[0], accuracy, means[2], lr)))
@@ -240,7 +251,7 @@ class Trainer:
         tensors = {f"model.{k}": v for k, v in self.network.state_dict().items()}
         for i, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
-        self.state.factor = self.closing.factor if self.closing is not None else 1.0
+        self.state.controllers = [controller.state() for controller in self.controllers]
         if self.accelerator.scaler is not None:
             self.state.scaler = self.accelerator.scaler.state_dict()
         write_tensors(file, tensors, {"state": json.dumps({**asdict(self.state), "stage": self.stage})})
@@ -253,8 +264,8 @@ class Trainer:
             if header.pop("stage") != self.stage:
                 raise ValueError("it is of another stage")
             self.state = _State(**header)
-            if self.closing is not None:
-                self.closing.factor = self.state.factor
+            for controller, state in zip(self.controllers, self.state.controllers, strict=True):
+                controller.restore(state)
             self.network.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
             saved = self.optimizer.state_dict()
             for key, value in tensors.items():
@@ -266,7 +277,7 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(self.state.scaler)
         except Exception as error:
             raise CheckpointError(
-                f"{file} is damaged or of another run ({str(error).splitlines()[0]}); remove it to begin anew"
+                f"{file} is damaged or of another run ({first_line(error)}); remove it to begin anew"
             ) from error
 
 
@@ -306,8 +317,8 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     network.eval()
 
 
-def _optimizer(network: nn.Module, settings: FinetunePart) -> torch.optim.SGD:
-    """Groups by module identity: gates have their own learning rate and no weight decay."""
+def _optimizer(network: nn.Module, settings: FinetunePart, gate_lr: float) -> torch.optim.SGD:
+    """Group parameters by module identity: gates have their own learning rate and no weight decay."""
     gates = {id(p) for m in network.modules() if isinstance(m, Gate) for fc in m.layers for p in fc.parameters()}
     trained = [p for p in network.parameters() if p.requires_grad]
     if not trained:
@@ -318,7 +329,7 @@ def _optimizer(network: nn.Module, settings: FinetunePart) -> torch.optim.SGD:
             "peak": settings.lr,
             "weight_decay": settings.weight_decay,
         },
-        {"params": [p for p in trained if id(p) in gates], "peak": settings.gate_lr or 0.0, "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in gates], "peak": gate_lr, "weight_decay": 0.0},
     ]
     return torch.optim.SGD(
         [g for g in groups if g["params"] and g["peak"]], settings.lr, settings.momentum, nesterov=settings.momentum > 0

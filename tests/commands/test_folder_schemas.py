@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 import gatefit
 from gatefit.commands.cli import app
-from gatefit.commands.deploy import write_deployment
+from gatefit.commands.deploy import load_deployed, write_deployment
 from gatefit.commands.report.result import read_result
 from gatefit.folder import read_config
 
@@ -87,6 +88,24 @@ def test_an_onnx_deployment_fits(tmp_path):
     schema("config").validate(read(tmp_path, "config"))
 
 
+def test_the_command_keeps_both_onnx_files(converted, tmp_path):
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path / "out"
+    shutil.copytree(converted, folder)
+    result = CliRunner().invoke(app, ["deploy", str(folder), "--backend", "onnx"])
+    assert result.exit_code == 0, (result.output, result.stderr)
+    assert set(read_config(folder).files) == {
+        "model.safetensors", "original.safetensors", "model.onnx", "model-masked.onnx",
+    }  # fmt: skip
+    schema("config").validate(read(folder, "config"))
+    x = torch.randn(2, 3, 8, 8)
+    before = load_deployed(folder)(x)
+    shutil.move(folder, tmp_path / "deeper" / "still")
+    assert torch.equal(load_deployed(tmp_path / "deeper" / "still")(x), before)
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "deeper" / "still")])
+    assert result.exit_code == 1 and "which builds the network of" in result.stderr
+
+
 def objects(node, path=()):
     """Every schema of an object with named keys, with the keys that lead there."""
     if isinstance(node, dict):
@@ -121,7 +140,7 @@ def test_schemas_describe_every_key_and_take_no_other(converted, name):
         ("config", lambda c: c["gated"].update(form="soft")),
         ("report", lambda c: c["gated"].update(accuracy=80)),
         ("report", lambda c: c["gates"][0].update(units=1.5)),
-        ("deployment", lambda c: c.update(file={"name": "/tmp/model.onnx", "sha256": "0" * 64})),
+        ("deployment", lambda c: c.update(file={"name": "/models/model.onnx", "sha256": "0" * 64})),
         ("deployment", lambda c: c["blocks"][0].update(codebook=[[-1]])),
     ],
 )
@@ -129,6 +148,24 @@ def test_schemas_refuse_other_values(converted, name, change):
     content = copy.deepcopy(read(converted, name))
     change(content)
     assert not schema(name).is_valid(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.pop("history"),
+        lambda c: c.update(history=3),
+        lambda c: c.update(history=[3]),
+        lambda c: c.update(gated=None),
+        lambda c: c["history"][0].pop("share"),
+    ],
+)
+def test_a_damaged_report_ends_in_one_line(converted, tmp_path, change):
+    content = copy.deepcopy(read(converted, "report"))
+    change(content)
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    with pytest.raises(gatefit.GatefitError, match="keys are missing"):
+        read_result(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config", "report", "deployment"])

@@ -46,8 +46,8 @@ def test_every_recipe_runs(file, images, tmp_path):
             lr=1e-4,
             batch_size=10,
             compile=False,
-            bn_recalibration_images=10,
         ),
+        closing=replace(recipe.closing, bn_recalibration_images=10),
     )
     done = convert(short, tmp_path / "out")
     assert done.evaluation.images == 20 and torch.isfinite(torch.tensor(done.evaluation.macs_sequential))

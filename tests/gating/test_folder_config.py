@@ -89,7 +89,7 @@ def test_what_a_config_keeps(saved):
     assert config.input["shape"] == [3, 64, 64] and config.model["name"] == "test_resnet"
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert config.files == {"model.safetensors": weights}
-    assert config.versions["torch"] == torch.__version__.partition("+")[0]
+    assert config.versions["torch"] == torch.__version__ and config.versions["gatefit"] == gatefit.__version__
 
 
 @pytest.mark.parametrize(("form", "gates"), [("step", "lc"), ("relu1", "c")])
@@ -185,6 +185,25 @@ def test_another_network_of_the_same_shapes_is_refused(saved):
         gatefit.load(folder)
 
 
+def test_the_same_layers_in_another_order_are_refused(tmp_path):
+    """Both have the same keys and shapes, and in the file that the config names they run in another order."""
+    text = (
+        "from networks import Basic\nfrom torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.a, self.b, self.fc = Basic(3, 3), Basic(3, 3), nn.Linear(3, 2)\n\n"
+        "    def forward(self, x):\n        return self.fc(self.a(self.b(x)).mean((2, 3)))\n"
+    )
+    (tmp_path / "own.py").write_text(text)
+    reference = ModelReference("file", f"{tmp_path / 'own.py'}:Net")
+    gated = gatefit.retrofit(build(reference), torch.zeros(2, 3, 8, 8), "c")
+    set_info(gated, reference=reference)
+    gatefit.save(gated, tmp_path)
+    gatefit.load(tmp_path)
+    (tmp_path / "own.py").write_text(text.replace("self.a(self.b(x))", "self.b(self.a(x))"))
+    with pytest.raises(CheckpointError, match=r"do not fit the network|is not the network that was saved"):
+        gatefit.load(tmp_path)
+
+
 def test_an_own_file_is_kept_by_its_way_from_the_folder(tmp_path):
     project, folder = tmp_path / "project", tmp_path / "project" / "runs" / "mine"
     project.mkdir()
@@ -199,7 +218,7 @@ def test_an_own_file_is_kept_by_its_way_from_the_folder(tmp_path):
     moved = tmp_path / "moved" / "runs" / "mine"
     assert torch.equal(gatefit.load(moved)(images()), gated(images()))
     shutil.move(moved, tmp_path / "alone")
-    with pytest.raises(gatefit.GatefitError, match=r"no file .*own.py"):
+    with pytest.raises(gatefit.GatefitError, match=r"no file .*own\.py', which builds .*; put it there"):
         gatefit.load(tmp_path / "alone")
     assert torch.equal(gatefit.load(tmp_path / "alone", make("grouped"))(images()), gated(images()))
 

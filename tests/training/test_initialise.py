@@ -1,10 +1,8 @@
 """Gates set from data, and set anew while the network learns."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from trained import SHORT, SPEC, floats, gate
+from trained import SPEC, floats, gate, short
 
 import gatefit
 from gatefit.errors import TrainingError
@@ -19,7 +17,7 @@ def test_gates_from_data_stay_unless_they_are_renewed_or_have_a_rate(dense, digi
     weights = []
     for change in ({"epochs": 0}, {"gate_reinits": 0}, {"gate_reinits": 0, "gate_lr": 0.01}, {"gate_reinits": 2}):
         gated = gate(dense, "c")
-        gatefit.finetune(gated, digits, dense, settings=replace(SHORT, **change))
+        gatefit.finetune(gated, digits, dense, **short(**change))
         weights.append(gates_of(gated)["blocks.1"].channel.weight.detach().clone())
         assert all(p.requires_grad for p in gated.parameters())
     assert torch.equal(weights[0], weights[1])
@@ -30,23 +28,23 @@ def test_gates_are_renewed_in_the_first_two_thirds(dense, digits):
     steps = []
     gated = gate(dense, "c")
     gatefit.finetune(
-        gated, digits, dense, settings=replace(SHORT, epochs=3, gate_reinits=2),
-        report=lambda p: steps.append(p.step if p.stage == "fine-tune" else p.stage),
+        gated, digits, dense, **short(epochs=3, gate_reinits=2),
+        on_progress=lambda p: steps.append(p.step if p.stage == "fine-tune" else p.stage),
     )  # fmt: skip
-    started = [steps[i - 1] for i, s in enumerate(steps) if s == "renew" and steps[i - 1] != "renew"]
+    started = [steps[i - 1] for i, s in enumerate(steps) if s == "reinitialise" and steps[i - 1] != "reinitialise"]
     assert started == [21, 43]  # 66 steps, renewed after 22 and 44 and shown behind that
     assert gatefit.evaluate(gated, digits).share == pytest.approx(0.6, abs=0.02)
 
 
 def test_renewed_gates_keep_to_the_ramp(dense, digits):
     gated = gate(dense, "c")
-    history = gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=3, gate_reinits=2, ramp=0.9))
+    history = gatefit.finetune(gated, digits, dense, **short(epochs=3, gate_reinits=2, ramp=0.9))
     assert history[1].share > 0.7  # 0.85 at its begin, 0.70 at its end
 
 
 def test_a_start_measures_the_network_as_it_runs(dense, digits):
     gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "lc", "step", compensation=True)
-    gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=0))
+    gatefit.finetune(gated, digits, dense, **short(epochs=0))
     x = floats(digits, 0)
     probe = Probe(gated)
     assert torch.equal(probe.run(x), gated(x))
@@ -90,4 +88,4 @@ def test_a_start_from_broken_weights_is_refused(dense, digits):
     gated = gate(dense, "c")
     gated.get_parameter("blocks.1.conv1.weight").data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="outputs are not finite; check its weights"):
-        gatefit.finetune(gated, digits, dense, settings=SHORT)
+        gatefit.finetune(gated, digits, dense, **short())

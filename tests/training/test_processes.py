@@ -5,14 +5,13 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from networks import Biased
 from torch import nn
-from trained import SHORT, SPEC, gate
+from trained import SPEC, gate, short
 
 import gatefit
 
@@ -34,9 +33,9 @@ def plain_losses(digits, **change):
     """Losses of a short training whose gates follow an L1 price, which needs no averages over a batch."""
     torch.manual_seed(0)
     model = Plain()
-    settings = replace(SHORT, target=None, l1=1e-4, epochs=2, min_open=0.0, **change)
+    settings = short(target=None, l1=1e-4, epochs=2, min_open=0.0, **change)
     gated = gate(model)
-    return [e.loss for e in gatefit.finetune(gated, digits, model, settings=settings)]
+    return [e.loss for e in gatefit.finetune(gated, digits, model, **settings)]
 
 
 def test_accumulation_gives_the_same_losses(digits):
@@ -49,7 +48,7 @@ sys.path[:0] = sys.argv[1].split(":")
 torch.set_num_threads(1)
 from dataclasses import replace
 import gatefit
-from trained import SHORT, SPEC, gate, network
+from trained import short, SPEC, gate, network
 from test_processes import plain_losses
 from gatefit.inputs.data import read_data
 from safetensors.torch import load_file
@@ -58,7 +57,7 @@ PartialState(cpu=True)
 digits = read_data("digits", SPEC)
 dense = network(); dense.load_state_dict(load_file(sys.argv[2])); dense.eval()
 gated = gate(dense)
-gatefit.finetune(gated, digits, dense, settings=replace(SHORT, epochs=3))
+gatefit.finetune(gated, digits, dense, **short(epochs=3))
 result = gatefit.evaluate(gated, digits, dense)
 losses = plain_losses(digits)
 if PartialState().is_main_process:

@@ -1,11 +1,10 @@
 """Layers move to the least-squares answer for changed inputs."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
-from trained import SHORT, SPEC, network
+from trained import SPEC, network, short
 
 import gatefit
 from gatefit.gating.gates import gates_of
@@ -17,9 +16,7 @@ def test_a_refit_mends_without_training(dense, digits, compensation):
     accuracies = []
     for images in (0, 500):
         gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "c", "step", compensation)
-        gatefit.finetune(
-            gated, digits, dense, settings=replace(SHORT, epochs=0, target=0.5, reconstruction_images=images)
-        )
+        gatefit.finetune(gated, digits, dense, **short(epochs=0, target=0.5, reconstruction_images=images))
         accuracies.append(gatefit.evaluate(gated, digits).accuracy)
     assert accuracies[1] > accuracies[0] + 0.05
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from trained import SHORT, SPEC, gate
+from trained import LOOP, SPEC, gate, short
 
 import gatefit
 from gatefit.errors import CheckpointError
@@ -14,7 +14,7 @@ from gatefit.training.trainer import Trainer
 
 def test_a_broken_run_ends_as_if_it_had_not_been(dense, digits, tmp_path):
     whole = gate(dense)
-    gatefit.finetune(whole, digits, dense, settings=SHORT, seed=3)
+    gatefit.finetune(whole, digits, dense, **short(), seed=3)
     broken = gate(dense)
 
     class Killed(Exception):
@@ -25,14 +25,12 @@ def test_a_broken_run_ends_as_if_it_had_not_been(dense, digits, tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        gatefit.finetune(
-            broken, digits, dense, settings=SHORT, seed=3, report=kill, checkpoint=tmp_path / "c.safetensors"
-        )
+        gatefit.finetune(broken, digits, dense, **short(), seed=3, report=kill, checkpoint=tmp_path / "c.safetensors")
     again = gate(dense)
     steps = []
     history = gatefit.finetune(
-        again, digits, dense, settings=SHORT, seed=3, checkpoint=tmp_path / "c.safetensors", resume=True,
-        report=lambda p: steps.append(p.step),
+        again, digits, dense, **short(), seed=3, checkpoint=tmp_path / "c.safetensors", resume=True,
+        on_progress=lambda p: steps.append(p.step),
     )  # fmt: skip
     assert steps[0] == 45 and len(history) == 4
     assert all(torch.equal(v, whole.state_dict()[k]) for k, v in again.state_dict().items())
@@ -41,7 +39,7 @@ def test_a_broken_run_ends_as_if_it_had_not_been(dense, digits, tmp_path):
 def test_a_checkpoint_keeps_the_scale_of_the_loss(dense, digits, tmp_path):
     trainers = []
     for _ in range(2):
-        trainer = Trainer(dense, digits.train, SPEC, SHORT, stage="baseline", seed=0, report=lambda _: None)
+        trainer = Trainer(dense, digits.train, SPEC, LOOP, stage="baseline", seed=0, on_progress=lambda _: None)
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # what fp16 on a GPU would have
         trainers.append(trainer)
     first, second = trainers
@@ -56,10 +54,10 @@ def test_a_damaged_checkpoint_is_named(dense, digits, tmp_path):
     file = tmp_path / "c.safetensors"
     file.write_bytes(b"x" * 100)
     with pytest.raises(CheckpointError, match="damaged or of another run"):
-        gatefit.finetune(gate(dense), digits, dense, settings=SHORT, checkpoint=file, resume=True)
+        gatefit.finetune(gate(dense), digits, dense, **short(), checkpoint=file, resume=True)
 
 
 def test_processes_that_see_different_files_are_refused(dense, digits, monkeypatch, tmp_path):
     monkeypatch.setattr(Trainer, "_average", lambda self, value: 0.5)  # of two hosts one has the file
     with pytest.raises(CheckpointError, match="all hosts must share"):
-        train_dense(copy.deepcopy(dense), digits.train, SPEC, SHORT, checkpoint=tmp_path / "c", resume=True)
+        train_dense(copy.deepcopy(dense), digits.train, SPEC, LOOP, checkpoint=tmp_path / "c", resume=True)

@@ -1,9 +1,7 @@
 """Settings that cannot work are refused before anything is trained."""
 
-from dataclasses import replace
-
 import pytest
-from trained import SHORT, gate
+from trained import gate, short
 
 import gatefit
 from gatefit.errors import RecipeError, TrainingError
@@ -11,7 +9,7 @@ from gatefit.errors import RecipeError, TrainingError
 
 def test_nan_is_refused(dense, digits):
     with pytest.raises(TrainingError, match="not finite at step"):
-        gatefit.finetune(gate(dense), digits, dense, settings=replace(SHORT, lr=1e9))
+        gatefit.finetune(gate(dense), digits, dense, **short(lr=1e9))
 
 
 @pytest.mark.parametrize(
@@ -26,7 +24,7 @@ def test_nan_is_refused(dense, digits):
 )
 def test_settings_that_cannot_work(dense, digits, change, message):
     with pytest.raises(RecipeError, match=message):
-        gatefit.finetune(gate(dense), digits, dense, settings=replace(SHORT, **change))
+        gatefit.finetune(gate(dense), digits, dense, **short(**change))
 
 
 @pytest.mark.parametrize(
@@ -40,4 +38,4 @@ def test_settings_that_cannot_work(dense, digits, change, message):
 )
 def test_starts_that_cannot_work(dense, digits, start, change, message):
     with pytest.raises(RecipeError, match=message):
-        gatefit.finetune(gate(dense), digits, dense, settings=replace(SHORT, **change), start=start)
+        gatefit.finetune(gate(dense), digits, dense, **short(**change), start=start)

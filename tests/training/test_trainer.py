@@ -2,19 +2,18 @@
 
 import copy
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from trained import SHORT, SPEC, gate, network
+from trained import CLOSING, LOOP, SPEC, gate, network, short
 
 import gatefit
 from gatefit.errors import TrainingError
 from gatefit.gating.gates import gates_of
 from gatefit.inputs.loader import augment
 from gatefit.recipe import FinetunePart
-from gatefit.training.finetune import GateClosing
+from gatefit.training.gate_closing import GateClosing
 from gatefit.training.trainer import _optimizer, recalibrate
 
 
@@ -33,8 +32,8 @@ def test_compiled_training_gives_the_same(dense, digits):
     results = []
     for compiled in (False, True):
         gated = gate(dense, "c")
-        settings = replace(SHORT, epochs=1, compile=compiled, lr=0.001)
-        history = gatefit.finetune(gated, digits, dense, settings=settings)
+        settings = short(epochs=1, compile=compiled, lr=0.001)
+        history = gatefit.finetune(gated, digits, dense, **settings)
         results.append((history[0].loss, gated.get_submodule("blocks.0.conv1").weight.detach().clone()))
     assert results[0][0] == pytest.approx(results[1][0], rel=0.01)  # rounding moves steps across their edge
     moved = [weight - before for _, weight in results]
@@ -46,36 +45,34 @@ def test_a_compiler_that_is_not_there(dense, digits, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     with pytest.raises(TrainingError, match=r"could not be compiled.*finetune\.compile = false"):
-        gatefit.finetune(
-            gate(dense, "c"), digits, dense, settings=replace(SHORT, epochs=1, compile=True, batch_size=48)
-        )
+        gatefit.finetune(gate(dense, "c"), digits, dense, **short(epochs=1, compile=True, batch_size=48))
 
 
 def test_every_stage_tells_how_far_it_is(dense, digits):
     last = {}
     gatefit.finetune(
-        gate(dense, "c"), digits, dense, settings=replace(SHORT, epochs=1),
-        report=lambda p: last.update({p.stage: p}),
+        gate(dense, "c"), digits, dense, **short(epochs=1),
+        on_progress=lambda p: last.update({p.stage: p}),
     )  # fmt: skip
-    assert list(last) == ["start", "refit", "fine-tune", "renew"]
+    assert list(last) == ["initialise", "reconstruct", "fine-tune", "reinitialise"]
     assert all(p.step == p.steps for p in last.values())
-    assert last["renew"].loss is None and last["fine-tune"].share < 1
+    assert last["reinitialise"].loss is None and last["fine-tune"].share < 1
 
 
 def test_gates_have_their_own_rate_and_no_decay(dense):
     gated = gate(dense)
-    settings = FinetunePart(lr=0.5, gate_lr=0.25, weight_decay=0.1)
-    backbone, gates = _optimizer(gated, settings).param_groups
+    settings = FinetunePart(lr=0.5, weight_decay=0.1)
+    backbone, gates = _optimizer(gated, settings, 0.25).param_groups
     own = {id(p) for g in gates_of(gated).values() for p in g.parameters()}
     assert {id(p) for p in gates["params"]} == own
     assert (gates["weight_decay"], gates["peak"], backbone["weight_decay"], backbone["peak"]) == (0, 0.25, 0.1, 0.5)
     assert len(backbone["params"]) + len(gates["params"]) == len(list(gated.parameters()))
-    assert len(_optimizer(gated, replace(settings, gate_lr=0.0)).param_groups) == 1
+    assert len(_optimizer(gated, settings, 0.0).param_groups) == 1
 
 
 def test_rates_drop_to_a_tenth(dense, digits):
-    settings = replace(SHORT, epochs=3, drop_every=2, lr=0.1)
-    epochs = gatefit.finetune(gate(dense), digits, dense, settings=settings)
+    settings = short(epochs=3, drop_every=2, lr=0.1)
+    epochs = gatefit.finetune(gate(dense), digits, dense, **settings)
     assert [e.lr for e in epochs] == pytest.approx([0.1, 0.1, 0.01])
 
 
@@ -98,13 +95,13 @@ def test_recalibration_is_the_average_over_batches():
 
 def test_batches_for_statistics_are_alike(dense, digits):
     """Each counts as much as the others, and batch norm cannot take one image alone."""
-    closing = GateClosing(gate(dense), digits.train.select(torch.arange(101)), SHORT, "data", 0)
+    closing = GateClosing(gate(dense), digits.train.select(torch.arange(101)), LOOP, CLOSING, "data", 0)
     assert [len(batch) for batch in closing._some(500)] == [51, 50]
     assert [len(batch) for batch in closing._some(100)] == [100]
 
 
 def test_teacher_is_untouched(dense, digits):
     before = copy.deepcopy(dense.state_dict())
-    gatefit.finetune(gate(dense), digits, dense, settings=replace(SHORT, epochs=1))
+    gatefit.finetune(gate(dense), digits, dense, **short(epochs=1))
     assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
     assert all(p.requires_grad for p in dense.parameters())

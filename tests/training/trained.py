@@ -1,16 +1,30 @@
 """A small network, its gates, and settings for short trainings on the digits."""
 
+from dataclasses import replace
+
 import torch
 from networks import Basic, Network
 
 import gatefit
 from gatefit.inputs.models import InputSpec
-from gatefit.recipe import FinetunePart
+from gatefit.recipe import ClosingPart, DistillationPart, FinetunePart
 
 SPEC = InputSpec((3, 8, 8), (0.3,) * 3, (0.35,) * 3)
 
 
-SHORT = FinetunePart(epochs=4, batch_size=64, target=0.6, flip=False, bn_recalibration_images=600)
+LOOP = FinetunePart(epochs=4, batch_size=64, flip=False)
+CLOSING = ClosingPart(target=0.6, bn_recalibration_images=600)
+
+
+def short(**changes):
+    """Settings of a short training as arguments of `finetune`; changes by name, whatever part they are in."""
+    parts = {"settings": LOOP, "distillation": DistillationPart(), "closing": CLOSING}
+    for name, part in parts.items():
+        mine = {k: v for k, v in changes.items() if hasattr(part, k)}
+        parts[name] = replace(part, **mine)
+        changes = {k: v for k, v in changes.items() if k not in mine}
+    assert not changes, changes
+    return parts
 
 
 def network():

@@ -8,6 +8,7 @@ from gatefit.errors import CheckpointError
 from gatefit.files import read_json
 
 REPORT = "report.json"
+"""Its keys are described by gatefit/schemas/report.schema.json."""
 BENCH = "bench.json"
 _KEYS = {"model", "data", "seed", "images", "dense", "gated", "history"}
 _DENSE = {"accuracy", "macs"}
@@ -38,14 +39,18 @@ def read_result(folder: Path) -> Result:
     if not (
         _has(report, _KEYS)
         and all(_has(report[part], keys) for keys, part in parts)
-        and all(_has(epoch, _EPOCH) for epoch in report["history"])
+        and _all_have(report["history"], _EPOCH)
     ):
         raise CheckpointError(f"{folder / REPORT} is not one that gatefit convert wrote: keys are missing")
     bench = read_json(folder / BENCH) if (folder / BENCH).is_file() else {"rows": []}
-    if not (_has(bench, {"rows"}) and all(_has(row, _ROW) for row in bench["rows"])):
+    if not (_has(bench, {"rows"}) and _all_have(bench["rows"], _ROW)):
         raise CheckpointError(f"{folder / BENCH} is not one that gatefit bench wrote; remove it")
     return Result(folder.resolve().name, report, bench["rows"])
 
 
 def _has(value: Any, keys: set[str]) -> bool:
     return isinstance(value, dict) and set(value) >= keys
+
+
+def _all_have(values: Any, keys: set[str]) -> bool:
+    return isinstance(values, list) and all(_has(value, keys) for value in values)
