@@ -3,14 +3,11 @@
 mkdocs calls `on_files` before it builds the site, and `on_page_markdown` with each page.
 """
 
-import ast
 import dataclasses
 import inspect
-import itertools
 import json
 import re
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +75,7 @@ def settings_page() -> str:
 def _tables(cls: type, path: str) -> list[str]:
     nested = {f.name: t for f in dataclasses.fields(cls) if dataclasses.is_dataclass(t := _hint(cls, f.name))}
     plain = [f for f in dataclasses.fields(cls) if f.name not in nested]
-    meanings = field_docstrings(cls)
+    meanings = recipe.field_docstrings(cls)
     summary = re.sub(r"^\[.*?\]: ", "", (inspect.getdoc(cls) or "").split("\n\n")[0])
     lines = [f"\n## {f'`[{path}]`' if path else 'At the top'}\n", f"{_sentence(summary)}\n"]
     if plain:
@@ -90,16 +87,6 @@ def _tables(cls: type, path: str) -> list[str]:
     for name, part in nested.items():
         lines += _tables(part, f"{path}.{name}" if path else name)
     return lines
-
-
-def field_docstrings(cls: type) -> dict[str, str]:
-    """Read the string that stands below each field of a class."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    found = {}
-    for field, below in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            found[field.target.id] = " ".join(str(below.value.value).split())  # type: ignore[union-attr]
-    return found
 
 
 def _hint(cls: type, name: str) -> Any:

@@ -50,7 +50,13 @@ ANOTHER_WAY_AT_OTHER_SIZES = {"timm/efficientvit_m0"}
 """It divides into windows only what is larger than one."""
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in REFUSED])
+QUICK = NAMES[::9]
+"""One network in nine; the others are slow."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in NAMES if n not in REFUSED]
+)
 def test_converted_and_trained(name):
     done = _benchmark().check(name)
     assert done == "passed" or (name in ANOTHER_WAY_AT_OTHER_SIZES and done.startswith("passed at one size"))

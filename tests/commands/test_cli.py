@@ -116,6 +116,7 @@ def test_report(converted, tmp_path):
     assert "keys are missing" in refused("report", folder, other)
 
 
+@pytest.mark.slow
 def test_deploy_and_bench(converted, tmp_path):
     folder, _ = converted
     result = gatefit("deploy", folder)
@@ -304,7 +305,17 @@ def test_labels_of_the_default_images_are_not_those_of_a_trained_network(monkeyp
 
     monkeypatch.setattr("gatefit.commands.convert.read_data", lambda name, *more: read_data(name or "digits", *more))
     torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "w.pth")
-    options = ["test_resnet", "--weights", tmp_path / "w.pth", "--l1", "1e-4", "--epochs", "0"]
+    options = [
+        "test_resnet",
+        "--weights",
+        tmp_path / "w.pth",
+        "--l1",
+        "1e-4",
+        "--epochs",
+        "0",
+        "--set",
+        "data.limit=100",
+    ]
     result = gatefit("convert", *options, "--out", tmp_path / "out", "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["labels"] is False
 
@@ -335,7 +346,7 @@ def test_pretrained_from_a_primed_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("timm.create_model", primed)
     result = gatefit(
         "convert", "test_resnet", "--pretrained", "--l1", "1e-4", "--data", "digits", "--epochs", "0",
-        "--out", tmp_path / "out", "--json",
+        "--set", "data.limit=100", "--out", tmp_path / "out", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     from safetensors.torch import load_file

@@ -26,7 +26,12 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
+QUICK = ("cifar10-resnet20", "cifar10-resnet20-faithful", "imagenet-efficientnet-lite0")
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, id=f.stem, marks=[] if f.stem in QUICK else [pytest.mark.slow]) for f in RECIPES]
+)
 def test_every_recipe_runs(file, images, tmp_path):
     recipe = read_recipe(file)
     weights = ""

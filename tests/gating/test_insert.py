@@ -1,4 +1,5 @@
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -15,10 +16,18 @@ from gatefit.gating.verify import verify
 from gatefit.graph import channels
 from gatefit.graph.blocks import MaskPoint
 
+KINDS = list(itertools.product(["lc", "l", "c"], [False, True]))
 
-@pytest.mark.parametrize("compensation", [False, True])
-@pytest.mark.parametrize("gates", ["lc", "l", "c"])
-@pytest.mark.parametrize("name", GATABLE)
+
+def _conversions():
+    """Each network with each kind of gates; the quick set has each network once, the kinds in turn."""
+    for i, name in enumerate(GATABLE):
+        for j, (gates, compensation) in enumerate(KINDS):
+            marks = [] if j == i % len(KINDS) or name == "basic" else [pytest.mark.slow]
+            yield pytest.param(name, gates, compensation, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "gates", "compensation"), _conversions())
 def test_identity_and_removability(name, gates, compensation):
     model = make(name)
     if gates == "c" and not any(CASES[name].units):

@@ -1,5 +1,6 @@
 """Gates close in a loop until the MACs that run are those that were asked for."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -14,9 +15,16 @@ from gatefit.gating.initialise import initialise_from_data
 from gatefit.gating.threshold import price_threshold, threshold_for
 from gatefit.inputs.data import as_images
 
+QUICK = {("c", "step", 0.5), ("lc", "relu1", 0.8)}
 
-@pytest.mark.parametrize("target", [0.8, 0.5])
-@pytest.mark.parametrize(("gates", "form"), [("c", "step"), ("lc", "step"), ("c", "relu1"), ("lc", "relu1")])
+
+@pytest.mark.parametrize(
+    ("gates", "form", "target"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow])
+        for case in itertools.product(("c", "lc"), ("step", "relu1"), (0.8, 0.5))
+    ],
+)
 def test_the_closed_loop_ends_at_the_target(dense, digits, gates, form, target):
     gated = gate(dense, gates, form)
     history = gatefit.finetune(gated, digits, dense, target=target, **short(target=None))

@@ -67,6 +67,7 @@ if PartialState().is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_reach_the_result_of_one(dense, tmp_path):
     from safetensors.torch import save_file
 

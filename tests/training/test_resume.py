@@ -25,7 +25,9 @@ def test_a_broken_run_ends_as_if_it_had_not_been(dense, digits, tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        gatefit.finetune(broken, digits, dense, **short(), seed=3, report=kill, checkpoint=tmp_path / "c.safetensors")
+        gatefit.finetune(
+            broken, digits, dense, **short(), seed=3, on_progress=kill, checkpoint=tmp_path / "c.safetensors"
+        )
     again = gate(dense)
     steps = []
     history = gatefit.finetune(

@@ -27,6 +27,7 @@ def test_step_gates_send_no_gradient_into_the_backbone():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a compiler")
+@pytest.mark.slow
 def test_compiled_training_gives_the_same(dense, digits):
     before = dense.get_submodule("blocks.0.conv1").weight
     results = []

@@ -13,7 +13,7 @@ SPEC = InputSpec((3, 8, 8), (0.3,) * 3, (0.35,) * 3)
 
 
 LOOP = FinetunePart(epochs=4, batch_size=64, flip=False)
-CLOSING = ClosingPart(target=0.6, bn_recalibration_images=600)
+CLOSING = ClosingPart(target=0.6, bn_recalibration_images=600, gate_reinits=1)
 
 
 def short(**changes):
