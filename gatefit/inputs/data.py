@@ -18,6 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from gatefit.errors import DataError
+from gatefit.inputs.metadata import Files, with_labels
 from gatefit.inputs.models import InputSpec
 
 RESIDENT_BYTES = 4 << 30
@@ -95,7 +96,8 @@ def read_data(name: str, spec: InputSpec, corrupt: str = "refuse", seed: int = 0
 
     Args:
         name: folder or tar with `train/` and `val/` or `test/` (one folder a class; a set without such splits is
-            divided 4 to 1), "digits", or a name that timm's `create_dataset` takes. Empty: Imagenette.
+            divided 4 to 1; a table may give the labels, see `gatefit.inputs.metadata`), "digits", or a name that
+            timm's `create_dataset` takes. Empty: Imagenette.
         spec: size and crop of the network's input.
         corrupt: "refuse" or "skip" images that cannot be read.
         seed: of the division and of `limit`.
@@ -108,10 +110,11 @@ def read_data(name: str, spec: InputSpec, corrupt: str = "refuse", seed: int = 0
     if name == "digits":
         splits = _digits(spec)
     elif name and path.is_dir():
-        splits = _from_files(name, _folder_files(path), _open_file, spec, corrupt, seed)
+        files = with_labels(path, _folder_files(path), (*TRAIN_NAMES, *TEST_NAMES))
+        splits = _from_files(name, files, _open_file, spec, corrupt, seed)
     elif name and path.is_file():
-        files, opener = _tar_files(path)
-        splits = _from_files(name, files, opener, spec, corrupt, seed)
+        members, opener = _tar_files(path)
+        splits = _from_files(name, members, opener, spec, corrupt, seed)
     elif not name:
         splits = _imagenette(spec, corrupt)
     elif not name.startswith(TIMM_PREFIXES):
@@ -265,7 +268,7 @@ def _streamed(name: str, dataset: Iterable[tuple[Image.Image, int]], spec: Input
     return ImageSet(name, len(images), resident.__getitem__, torch.tensor(labels), (), resident)
 
 
-def _folder_files(root: Path) -> list[tuple[tuple[str, ...], Any]]:
+def _folder_files(root: Path) -> Files:
     """(parts of the path below root, path) of every image, sorted."""
     found = []
     for folder, folders, files in os.walk(root, followlinks=True):
