@@ -112,7 +112,7 @@ def test_set_overrides_options_and_they_override_the_recipe(ran, tmp_path):
 )
 def test_wrong_settings_get_one_line(ran, setting, message):
     result = gatefit("convert", "resnet18", "--l1", "1", "--set", setting)
-    first, line = result.stderr.splitlines()
+    _, line = result.stderr.splitlines()
     assert result.exit_code == 1 and line.startswith("gatefit: ") and message in line and not ran
 
 
