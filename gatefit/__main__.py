@@ -1,4 +1,4 @@
-"""`python -m gatefit`, which `accelerate launch -m gatefit` runs too."""
+"""Run the command as `python -m gatefit` or `accelerate launch -m gatefit`."""
 
 from gatefit.commands.cli import main
 

@@ -1,4 +1,4 @@
-"""What a person sees: tables, histogram and progress, with rich."""
+"""Show results to a person: tables, a histogram and progress, with rich."""
 
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -18,7 +18,7 @@ from gatefit.progress import Progress as Step
 
 
 class TrainingBar(AbstractContextManager["TrainingBar"]):
-    """A progress bar with loss, accuracy, share of MACs that really runs, and the time left."""
+    """Shows a progress bar with loss, accuracy, the share of MACs that really runs, and the time left."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -56,7 +56,7 @@ class TrainingBar(AbstractContextManager["TrainingBar"]):
 
 
 def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
-    """Table of every branch found, then every addition refused."""
+    """Print a table of every residual block, then every addition that is refused, with the reason."""
     table = Table(
         title=f"{model_title(model)}: {len(found.blocks)} residual blocks, {mega(found.macs)} MACs per image",
         title_justify="left",
@@ -92,7 +92,7 @@ def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
 
 
 def show_coverage(console: Console, found: list[Coverage]) -> None:
-    """One line for each network: what the gates reach, or the reason why nothing."""
+    """Print one line for each network: what gates reach in it, or why they reach nothing."""
     table = Table()
     for name in ("network", "blocks", "with channel gate", "MACs", "under block gates", "under channel gates"):
         whole = name in ("network", "MACs")
@@ -110,11 +110,11 @@ def show_coverage(console: Console, found: list[Coverage]) -> None:
 
 
 NOISE = 1.03
-"""Times that are so near are taken for equal."""
+"""A ratio of two times up to this one counts as equal."""
 
 
 def show_deployment(console: Console, deployment: Deployment) -> None:
-    """What is made of each block, and what it changes."""
+    """Print what each block was turned into, and how long the deployed network and the original take."""
     table = Table(title="blocks as deployed", title_justify="left")
     for name in ("block", "skipped", "masks", "channels of each", "because"):
         table.add_column(name, justify="left" if name in ("block", "because") else "right", overflow="fold")
@@ -131,10 +131,12 @@ def show_deployment(console: Console, deployment: Deployment) -> None:
         table.add_row(plan.name, "yes" if plan.skip else "no", str(len(sizes) or "-"), entries or "-", why)
     console.print(table)
     if deployment.agreement is not None:
-        console.print(f"answers as before on {percent(deployment.agreement)} of images that chose no channel")
+        console.print(
+            f"answers as before on {percent(deployment.agreement)} of images that did not choose the channels"
+        )
     latency = deployment.latency
     if latency is None:
-        console.print("not timed beside the original: it is not there, or does not run in these engines")
+        console.print("not timed beside the original: it is missing, or does not run in these engines")
     else:
         images = "an image" if latency.batch == 1 else f"{latency.batch} images"
         console.print(
@@ -143,14 +145,14 @@ def show_deployment(console: Console, deployment: Deployment) -> None:
         )
         if latency.deployed > NOISE * latency.original:
             console.print(
-                "note: slower than the original; convert with a lower --target, try the other --backend, or keep the "
-                "original",
+                "note: slower than the original; convert with a lower --target, try the other --backend, or keep "
+                "the original",
                 soft_wrap=True,
             )
 
 
 def show_bench(console: Console, timings: list[Timing], rows: list[Row]) -> None:
-    """Every engine, then each dynamic one beside the fastest dense one."""
+    """Print the times of every engine, then each dynamic engine beside the fastest dense one."""
     threads = timings[0].threads if timings else 0
     title = f"milliseconds per batch, {threads} thread{'' if threads == 1 else 's'}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -173,7 +175,7 @@ def show_bench(console: Console, timings: list[Timing], rows: list[Row]) -> None
 
 
 def show_report(console: Console, report: dict[str, Any]) -> None:
-    """The table of before and after, the gates, and the histogram of MACs per image."""
+    """Print the figures before and after, the gates, and the histogram of MACs per image."""
     dense, gated = report["dense"], report["gated"]
     table = Table(title=f"{model_title(report['model'])} on {report['images']} images", title_justify="left")
     for name in ("", "accuracy", "agreement", "MACs per image", "share"):
@@ -206,7 +208,7 @@ def show_report(console: Console, report: dict[str, Any]) -> None:
 
 
 def show_histogram(console: Console, report: dict[str, Any], width: int = 40) -> None:
-    """Images by their share of the dense MACs."""
+    """Print how many images take which share of the dense MACs."""
     edges, counts = report["histogram"]["edges"], report["histogram"]["counts"]
     gated = report["gated"]
     console.print(

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from gatefit.commands.cli import app
 from gatefit.commands.cli.session import session
+from gatefit.errors import RecipeError
 from gatefit.formats import model_title
+from gatefit.recipe import Recipe, with_settings
 from gatefit.version import __version__
 
 ROOT = Path(__file__).parent.parent.parent
@@ -236,3 +238,12 @@ def test_only_the_main_process_logs(fake, tmp_path, monkeypatch):
 def test_trackers_that_are_not_there_are_refused_first(fake, ran, name, message):
     result = gatefit("convert", "resnet18", "--l1", "1", "--log-with", name)
     assert result.exit_code == 1 and message in result.stderr.splitlines()[-1] and not ran
+
+
+def test_a_target_that_is_set_replaces_the_recipes_l1():
+    recipe = with_settings(Recipe(), ["finetune.l1=0.1"])
+    assert recipe.finetune.l1 == 0.1
+    recipe = with_settings(recipe, ["finetune.target=0.5"])
+    assert (recipe.finetune.l1, recipe.finetune.target) == (None, 0.5)
+    with pytest.raises(RecipeError, match="not both"):
+        with_settings(recipe, ["finetune.target=0.5", "finetune.l1=0.1"])

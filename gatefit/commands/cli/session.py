@@ -45,10 +45,10 @@ def session(command: str, out: Path | None = None) -> Iterator[TextIO]:
         typer.echo(f"gatefit: {_one_line(error)}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        if out is not None and any(out.glob("checkpoint*.safetensors")):
-            typer.echo(f"Interrupted. Run the same command with --resume to continue from {out}.", err=True)
-        else:
-            typer.echo("Interrupted. Nothing was saved.", err=True)
+        if is_main():
+            saved = out is not None and any(out.glob("checkpoint*.safetensors"))
+            how = f"Run the same command with --resume to continue from {out}." if saved else "Nothing was saved."
+            typer.echo(f"Interrupted. {how}", err=True)
         raise typer.Exit(130) from None
     except (OSError, RuntimeError, MemoryError) as error:
         typer.echo(f"gatefit: {type(error).__name__}: {_one_line(error)[:300]}", err=True)
