@@ -11,7 +11,8 @@ from gatefit.commands.opened import open_folder
 from gatefit.deployment.bench.timing import Row, Timing, bench
 from gatefit.deployment.bench.what_if import keep_open, set_share
 from gatefit.deployment.deploy import deploy
-from gatefit.deployment.engines.runtimes import OnnxNetwork, Run, has_onnx
+from gatefit.deployment.engines.onnx import OnnxNetwork, has_onnx
+from gatefit.deployment.engines.pytorch import Run
 from gatefit.errors import DeployError
 from gatefit.gating.info import info_of
 from gatefit.gating.insert import retrofit

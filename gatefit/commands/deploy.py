@@ -11,12 +11,14 @@ from torch import Tensor, fx, nn
 
 from gatefit.commands.opened import Opened
 from gatefit.decisions import Placement
-from gatefit.deployment.bench.baselines import dense_engines
 from gatefit.deployment.bench.timing import times
-from gatefit.deployment.deploy import Backend, deploy, whole_batches
+from gatefit.deployment.deploy import deploy, whole_batches
 from gatefit.deployment.dynamic import assemble
 from gatefit.deployment.engines.native_network import gathered_blocks, gathered_network
-from gatefit.deployment.engines.runtimes import OnnxNetwork, Run, masked_onnx, need_onnx, packed
+from gatefit.deployment.engines.onnx import OnnxNetwork, masked_onnx, need_onnx
+from gatefit.deployment.engines.pytorch import Run, packed
+from gatefit.deployment.engines.registry import Backend, available_engines, dense
+from gatefit.deployment.info import deployed_info
 from gatefit.deployment.kernels.native import processor
 from gatefit.deployment.plan import BlockPlan, Deployment, Latency
 from gatefit.deployment.region import Region, region_or_none
@@ -141,7 +143,6 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.Grap
         else:
             image = torch.zeros(1, *info_of(gated).input.shape)
             deployed = gathered_network(gated, plans, [image], content["engines"])
-        deployed.meta["plans"] = tuple(plan for plan, _ in plans.values())
         return deployed
     except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
         raise CheckpointError(
@@ -180,7 +181,7 @@ def deploy_folder(
 ) -> Deployment:
     """Deploy what `convert` wrote, and write the deployment beside it.
 
-    Beside the ONNX file stands one that ends in "-masked", see `gatefit.deployment.engines.runtimes.masked_onnx`.
+    Beside the ONNX file stands one that ends in "-masked", see `gatefit.deployment.engines.onnx.masked_onnx`.
     """
     if out is not None and backend != "onnx":
         raise DeployError("--out names the ONNX file; it needs --backend onnx")
@@ -199,26 +200,32 @@ def deploy_folder(
         write_atomically(beside, lambda temporary: temporary.write_bytes(masked))
         record_file(folder, relative_to(folder, beside))
         write_deployment(folder, deployed.plans, model=deployed.model, onnx=file)
-        plans, batch, engines = deployed.plans, 1, {"onnxruntime"}
+        plans, batch = deployed.plans, 1
     else:
-        write_deployment(folder, deployed.meta["plans"], deployed.meta.get("engines"))
-        plans, engines = tuple(deployed.meta["plans"]), {"torch, packed", "torch, gathered", "onnxruntime"}
+        info = deployed_info(deployed)
+        write_deployment(folder, info.plans, info.engines)
+        plans = info.plans
     agreement = _agreement(deployed, opened.gated, others)
-    latency = None if opened.original is None else _latency(deployed, opened.original, images, batch, engines)
+    latency = None if opened.original is None else _latency(deployed, opened.original, images, batch, backend)
     gathered = gathered_blocks(deployed) if isinstance(deployed, fx.GraphModule) else {}
     return Deployment(plans, gathered, agreement, latency)
 
 
 @torch.no_grad()
-def _latency(deployed: Run, original: nn.Module, images: Tensor, batch: int, engines: set[str]) -> Latency | None:
-    """Time it beside the original in the fastest of `engines` that can be made; None where none can: a deployment that
-    is written stands without."""
+def _latency(deployed: Run, original: nn.Module, images: Tensor, batch: int, backend: Backend) -> Latency | None:
+    """Time a deployed network beside the original in each engine of the same backend that can be made.
+
+    Returns:
+        The original's fastest engine beside it; None where no engine can be made: a deployment that is written stands
+        without.
+    """
     batches = whole_batches(images, batch, ROUNDS)
     originals = dict[str, Run]()
     with suppress(Exception):
-        for name, make in dense_engines(original, batches[0]).items():
+        network = dense(original, batches[0])
+        for candidate in available_engines(backend):
             with suppress(Exception):
-                originals |= {name: make()} if name in engines else {}
+                originals[candidate.name] = candidate.prepare(network)()
     if not originals:
         return None
     measured = times({"deployed": deployed, **originals}, batches, ROUNDS)

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, fx
@@ -11,16 +11,19 @@ from gatefit.decisions import Placement
 from gatefit.deployment.bench.timing import times
 from gatefit.deployment.dynamic import assemble
 from gatefit.deployment.engines.native_network import gathered_network
-from gatefit.deployment.engines.runtimes import OnnxNetwork, need_onnx, onnx_blocks, onnx_network, packed, torch_blocks
+from gatefit.deployment.engines.onnx import OnnxNetwork, need_onnx, onnx_blocks, onnx_network
+from gatefit.deployment.engines.pytorch import packed, torch_blocks
+from gatefit.deployment.engines.registry import Backend
 from gatefit.deployment.engines.segments import ONNX, TORCH
+from gatefit.deployment.info import deployed_info
 from gatefit.deployment.kernels.native import kernels
-from gatefit.deployment.plan import observe, plan_block
-from gatefit.deployment.region import region_or_none
+from gatefit.deployment.plan import BlockPlan, Observed, observe, plan_block
+from gatefit.deployment.region import Region, region_or_none
 from gatefit.deployment.tune import ROUNDS, tune
 from gatefit.errors import DeployError
 from gatefit.gating.gates import gates_of
+from gatefit.graph.mode import evaluating
 
-Backend = Literal["torch", "onnx"]
 TUNING_IMAGES = 8
 """Images, or batches of more than that, that forms are timed by."""
 
@@ -59,13 +62,31 @@ def deploy(
     Raises:
         GatefitError: `gated` has no gates, there are no calibration images, or the backend is not installed.
     """
-    gates = gates_of(gated)
+    gates_of(gated)  # refuses a network that has none
     images = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    _check(images, backend, masks, batch, placement)
+    _check_placement(gated, placement)
+    batch = 1 if backend == "onnx" else batch
+    batches = whole_batches(torch.cat(images), batch, max(1, TUNING_IMAGES // batch))
+    with evaluating(gated):
+        observed = observe(gated, images)
+        plans = _plans(gated, observed, batches, backend, masks, prune_unused, tuned, placement)
+        deployed = assemble(gated, plans)
+    if backend == "onnx":
+        return onnx_network(deployed, images[0][:1])
+    forms = [packed(deployed)]
+    if tuned and not prune_unused and placement == "sequential":
+        forms += _gathered_forms(gated, plans, batches)
+    return _fastest(forms, batches)
+
+
+def _check(images: list[Tensor], backend: str, masks: int, batch: int, placement: str) -> None:
+    """Refuse arguments with which nothing can be deployed."""
     if not images or not all(len(x) for x in images):
         raise DeployError("there are no calibration images; pass a tensor (B, C, H, W) or an iterable of such")
     if masks < 1:
         raise DeployError(f"masks must be 1 or more, not {masks}")
-    if backend not in ("torch", "onnx"):
+    if backend not in get_args(Backend):
         raise DeployError(f"backend must be 'torch' or 'onnx', not {backend!r}")
     if placement not in get_args(Placement):
         raise DeployError(f"placement must be 'sequential' or 'parallel', not {placement!r}")
@@ -75,40 +96,57 @@ def deploy(
             raise DeployError("the parallel placement needs the backend 'torch'")
     if batch < 1:
         raise DeployError(f"batch must be 1 or more, not {batch}")
-    if placement == "parallel" and not any(p and p.prefix for p in (region_or_none(gated, g) for g in gates.values())):
+
+
+def _check_placement(gated: fx.GraphModule, placement: Placement) -> None:
+    """Refuse the parallel placement where it would change nothing."""
+    regions = (region_or_none(gated, gate) for gate in gates_of(gated).values())
+    if placement == "parallel" and not any(region and region.prefix for region in regions):
         raise DeployError("no block has a first layer that can run beside its gates; use the sequential placement")
-    training = gated.training
-    seen = observe(gated.eval(), images)
-    batch = 1 if backend == "onnx" else batch
-    batches = whole_batches(torch.cat(images), batch, max(1, TUNING_IMAGES // batch))
-    if tuned:
-        layout, build = (
-            (torch.contiguous_format, onnx_blocks) if backend == "onnx" else (torch.channels_last, torch_blocks)
-        )
-        tried = tune(gated, seen, [b.to(memory_format=layout) for b in batches], build, masks, prune_unused, placement)
-        plans = {name: (plan, region) for name, (plan, region, _) in tried.items()}
-    else:
-        plans = {
-            name: plan_block(gated, gate, seen[name], masks, prune_unused, placement) for name, gate in gates.items()
+
+
+def _plans(
+    gated: fx.GraphModule,
+    observed: dict[str, Observed],
+    batches: list[Tensor],
+    backend: Backend,
+    masks: int,
+    prune_unused: bool,
+    tuned: bool,
+    placement: Placement,
+) -> dict[str, tuple[BlockPlan, Region | None]]:
+    """Plan each block: the form that is fastest in the backend, or without tuning the one with a codebook."""
+    if not tuned:
+        return {
+            name: plan_block(gated, gate, observed[name], masks, prune_unused, placement)
+            for name, gate in gates_of(gated).items()
         }
-    deployed = assemble(gated, plans)
-    deployed.meta["plans"] = tuple(plan for plan, _ in plans.values())
-    gated.train(training)
-    if backend == "onnx":
-        return onnx_network(deployed, images[0][:1])
-    forms = [packed(deployed)]
-    gathers = tuned and not prune_unused and placement == "sequential"
-    if gathers and next(gated.parameters()).device.type == "cpu" and kernels() is not None:
-        forms.append(gathered_network(gated, plans, batches))
-        engines = forms[-1].meta["engines"]
+    layout, build = (torch.contiguous_format, onnx_blocks) if backend == "onnx" else (torch.channels_last, torch_blocks)
+    given = [b.to(memory_format=layout) for b in batches]
+    tried = tune(gated, observed, given, build, masks, prune_unused, placement)
+    return {name: (plan, region) for name, (plan, region, _) in tried.items()}
+
+
+def _gathered_forms(
+    gated: fx.GraphModule, plans: dict[str, tuple[BlockPlan, Region | None]], batches: list[Tensor]
+) -> list[fx.GraphModule]:
+    """Make the network with gathered weights: with each segment in its fastest engine, and all of it in PyTorch."""
+    if next(gated.parameters()).device.type != "cpu" or kernels() is None:
+        return []
+    with evaluating(gated):
+        forms = [gathered_network(gated, plans, batches)]
+        engines = deployed_info(forms[0]).engines or ()
         if ONNX in engines:
             forms.append(gathered_network(gated, plans, batches, [TORCH] * len(engines)))
-    chosen = forms[0]
-    if len(forms) > 1:
-        times_ms = times(dict(enumerate(forms)), batches, ROUNDS)
-        chosen = forms[min(times_ms, key=lambda i: statistics.median(times_ms[i]))]
-    chosen.meta["plans"] = deployed.meta["plans"]
-    return chosen
+    return forms
+
+
+def _fastest(forms: list[fx.GraphModule], batches: list[Tensor]) -> fx.GraphModule:
+    """Race the forms against each other, rounds interleaved."""
+    if len(forms) == 1:
+        return forms[0]
+    taken = times(dict(enumerate(forms)), batches, ROUNDS)
+    return forms[min(taken, key=lambda i: statistics.median(taken[i]))]
 
 
 def whole_batches(images: Tensor, batch: int, most: int) -> list[Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
+from gatefit.deployment.info import DeployedInfo, set_deployed_info
 from gatefit.deployment.plan import BlockPlan, never_runs
 from gatefit.deployment.region import INPUTS, Region, extract, extract_prefix
 from gatefit.gating.gates import Gate, gates_of
@@ -232,7 +233,9 @@ def assemble(
     deployed.graph.eliminate_dead_code()
     deployed.delete_all_unused_submodules()
     deployed = copy.deepcopy(deployed)
-    return fold_in_place(deployed.eval()).requires_grad_(False)
+    deployed = fold_in_place(deployed.eval()).requires_grad_(False)
+    set_deployed_info(deployed, DeployedInfo(tuple(plan for plan, _ in plans.values())))
+    return deployed
 
 
 def _with_regions(

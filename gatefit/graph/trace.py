@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from gatefit.errors import ConversionError
+from gatefit.errors import ConversionError, first_line
 from gatefit.graph.tracer import ShapeTracer
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -45,7 +45,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     except ConversionError:
         raise
     except Exception as error:
-        raise ConversionError(f"{type(model).__name__} cannot be traced by torch.fx: {_first_line(error)}") from error
+        raise ConversionError(f"{type(model).__name__} cannot be traced by torch.fx: {first_line(error)}") from error
     root = _out_of_place(copy.deepcopy(model))
     _take_constants(graph, analysed, root)
     _drop_frozen_inputs(graph)
@@ -85,7 +85,7 @@ def propagate_shapes(traced: fx.GraphModule, example: Tensor) -> None:
         shapes.run(torch.empty_like(example, device="meta"))
     except Exception as error:
         raise ConversionError(
-            f"the network does not take an input of shape {tuple(example.shape)}: {_first_line(error)}; "
+            f"the network does not take an input of shape {tuple(example.shape)}: {first_line(error)}; "
             "pass an example of the size that it was built for"
         ) from error
     for node in traced.graph.nodes:
@@ -124,11 +124,6 @@ def path_of(node: fx.Node) -> str:
     """Qualified name of the innermost module in whose forward the node was recorded; '' at the root."""
     stack = node.meta.get("nn_module_stack")
     return str(next(reversed(stack))) if stack else ""
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _defaults(root: nn.Module) -> dict[str, Any]:

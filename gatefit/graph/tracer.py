@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gatefit.errors import ConversionError
+from gatefit.errors import ConversionError, first_line
 
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 """Modules whose multiply-accumulates are counted."""
@@ -122,7 +122,7 @@ class ShapeTracer(fx.Tracer):
         except Exception as error:
             shape = tuple(self.example.shape) if self.example is not None else ()
             raise ConversionError(
-                f"the network does not take an input of shape {shape}: {str(error).strip().splitlines()[0]}; "
+                f"the network does not take an input of shape {shape}: {first_line(error)}; "
                 "pass an example of the size that it was built for"
             ) from error
         finally:

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from gatefit.errors import DataError
+from gatefit.errors import DataError, first_line
 from gatefit.inputs.metadata import Files, with_labels
 from gatefit.inputs.models import InputSpec
 
@@ -239,8 +239,7 @@ def _from_timm(name: str, spec: InputSpec, corrupt: str, limit: int) -> Splits:
             raise
         except Exception as error:
             raise DataError(
-                f"timm cannot create the data set '{name}' "
-                f"({str(error).splitlines()[0][:120] if str(error) else type(error).__name__}); pass --data DIR"
+                f"timm cannot create the data set '{name}' ({first_line(error)[:120]}); pass --data DIR"
             ) from error
         names = [str(c) for c in getattr(dataset, "classes", sorted(set(labels)))]
         items = [(i, label) for i, label in enumerate(labels)]

@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from gatefit.errors import ModelError
+from gatefit.errors import ModelError, first_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -115,15 +115,15 @@ def build(reference: ModelReference, pretrained: bool = False) -> nn.Module:
     except Exception as error:
         if reference.on_hub:
             raise ModelError(
-                f"{reference} could not be fetched from the Hugging Face Hub ({_short(error).split('. ')[0]}); "
-                "check its name and the network"
+                f"{reference} could not be fetched from the Hugging Face Hub "
+                f"({first_line(error)[:160].split('. ')[0]}); check its name and the network"
             ) from error
         if pretrained:
             raise ModelError(
-                f"the pretrained weights of {reference} could not be fetched ({_short(error)}); "
+                f"the pretrained weights of {reference} could not be fetched ({first_line(error)[:160]}); "
                 "check the network, or pass --weights FILE (and --data DIR, or the images are fetched too)"
             ) from error
-        raise ModelError(f"{reference} cannot be built: {_short(error)}") from error
+        raise ModelError(f"{reference} cannot be built: {first_line(error)[:160]}") from error
     return model.eval()
 
 
@@ -209,7 +209,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ModelError(f"{file} cannot be read as weights: {_short(error)}") from error
+        raise ModelError(f"{file} cannot be read as weights: {first_line(error)[:160]}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -249,7 +249,7 @@ def output_count(model: nn.Module, spec: InputSpec) -> int:
     except Exception as error:
         raise ModelError(
             f"the network does not take images of {spec.shape[1]}x{spec.shape[2]} pixels "
-            f"({str(error).splitlines()[0][:120]}); set model.image_size"
+            f"({first_line(error)[:120]}); set model.image_size"
         ) from error
     finally:
         model.train(training)
@@ -271,7 +271,7 @@ def _from_file(reference: ModelReference) -> nn.Module:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ModelError(f"{path} cannot be imported: {_short(error)}") from error
+        raise ModelError(f"{path} cannot be imported: {first_line(error)[:160]}") from error
     builder = getattr(module, function, None)
     if not callable(builder):
         names = [n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == spec.name]
@@ -280,12 +280,7 @@ def _from_file(reference: ModelReference) -> nn.Module:
     try:
         model = builder(**reference.arguments)
     except Exception as error:
-        raise ModelError(f"{reference} cannot be built: {_short(error)}") from error
+        raise ModelError(f"{reference} cannot be built: {first_line(error)[:160]}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{reference} returned {type(model).__name__}, not a torch module")
     return model
-
-
-def _short(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:160]

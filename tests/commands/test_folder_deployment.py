@@ -9,6 +9,7 @@ import torch
 
 import gatefit
 from gatefit.commands.deploy import load_deployed, write_deployment
+from gatefit.deployment.info import deployed_info
 from gatefit.errors import CheckpointError
 from gatefit.folder import read_config
 from gatefit.gating.gates import gates_of
@@ -35,7 +36,7 @@ def in_torch(deployed, tmp_path):
     gated, x, runs = deployed
     folder = tmp_path / "run"
     gatefit.save(gated, folder)
-    write_deployment(folder, runs.meta["plans"])
+    write_deployment(folder, deployed_info(runs).plans)
     return folder, x, runs
 
 

@@ -10,7 +10,7 @@ from networks import GATABLE, images
 
 import gatefit
 from gatefit.deployment.engines.native_network import gathered_network
-from gatefit.deployment.engines.runtimes import has_onnx
+from gatefit.deployment.engines.onnx import has_onnx
 from gatefit.deployment.kernels.native import kernels
 from gatefit.deployment.region import region_or_none
 from gatefit.gating.gates import gates_of

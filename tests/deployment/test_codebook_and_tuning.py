@@ -7,6 +7,7 @@ from networks import CASES, GATABLE, images, make
 
 import gatefit
 from gatefit.deployment.codebook import assign, choose_codebook, expected_units, most_frequent
+from gatefit.deployment.info import deployed_info
 from gatefit.deployment.plan import BlockPlan
 from gatefit.deployment.tune import forms_of
 
@@ -52,7 +53,7 @@ def test_harvest_drops_what_no_calibration_image_opens():
     gated = gated_network("basic", spread=0.0)
     few = images(2)
     pruned = gatefit.deploy(gated, few, masks=1, prune_unused=True)
-    books = [p.codebook for p in pruned.meta["plans"] if p.codebook is not None]
+    books = [p.codebook for p in deployed_info(pruned).plans if p.codebook is not None]
     assert books and any(not book.all() for book in books)
     assert all(book.all() for p in gatefit.deploy(gated, few, masks=1).meta["plans"] for book in p.codebook[-1:])
     with torch.no_grad():

@@ -7,6 +7,7 @@ from networks import images, make
 
 import gatefit
 from gatefit.deployment.dynamic import DynamicBlock
+from gatefit.deployment.info import deployed_info
 from gatefit.gating.cost import costs_of, decisions_of
 from gatefit.gating.gates import gates_of
 
@@ -29,7 +30,7 @@ def test_in_the_parallel_placement_first_layers_run_whole(name):
         opened = decisions_of(gated)
         for placement in ("sequential", "parallel"):
             deployed = gatefit.deploy(gated, images(4), tuned=False, placement=placement)
-            assert all(plan.parallel == (placement == "parallel") for plan in deployed.meta["plans"])
+            assert all(plan.parallel == (placement == "parallel") for plan in deployed_info(deployed).plans)
             assert macs(deployed) == float(costs.per_image(opened, placement))
 
 

@@ -6,6 +6,7 @@ import torch
 
 import gatefit
 from gatefit.commands.deploy import load_deployed, write_deployment
+from gatefit.deployment.info import deployed_info
 from gatefit.gating.gates import gates_of
 
 
@@ -18,7 +19,7 @@ def test_a_deployment_in_a_folder(tmp_path, placement):
     calibration = torch.randn(8, 3, 32, 32)
     deployed = gatefit.deploy(gated.eval(), calibration, tuned=False, placement=placement)
     gatefit.save(gated, tmp_path)
-    write_deployment(tmp_path, deployed.meta["plans"])
+    write_deployment(tmp_path, deployed_info(deployed).plans)
     with torch.no_grad():
         assert torch.equal(load_deployed(tmp_path)(calibration), deployed(calibration))
     assert all(p.parallel == (placement == "parallel") for p in load_deployed(tmp_path).meta["plans"])

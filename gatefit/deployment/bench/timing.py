@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.deployment.bench.baselines import BF16, dense_engines
 from gatefit.deployment.bench.memory import held_by, peak_of
-from gatefit.deployment.engines.runtimes import Run
+from gatefit.deployment.engines.pytorch import Run
+from gatefit.deployment.engines.registry import available_engines, dense
 from gatefit.deployment.plan import share_of
 from gatefit.deployment.tune import milliseconds
 from gatefit.gating.gates import before_gates
@@ -91,7 +91,8 @@ def bench(
     """
     batches = [b.contiguous() for b in images.split(batch) if len(b) == batch]
     # By name, and whether it runs the deployed network.
-    makers = {(name, False): make for name, make in dense_engines(original, batches[0]).items()}
+    network, listed = dense(original, batches[0]), available_engines()
+    makers = {(engine.name, False): engine.prepare(network) for engine in listed}
     makers |= {(name, True): make for name, make in deployed.items()}
     engines, peaks = dict[tuple[str, bool], Run](), dict[tuple[str, bool], float | None]()
     for key, make in makers.items():
@@ -108,7 +109,8 @@ def bench(
         peak = peaks[name, dynamic]
         timings.append(Timing(name, dynamic, batch, torch.get_num_threads(), median, p95, difference, peak))
     share = share_of(gated, batches)
-    fastest = min((t for t in timings if not t.dynamic and t.engine != BF16), key=lambda t: t.p50_ms)
+    exact = {engine.name for engine in listed if engine.exact}
+    fastest = min((t for t in timings if not t.dynamic and t.engine in exact), key=lambda t: t.p50_ms)
     gates = _gates_ms(gated, batches[0])
     return timings, [_row(t, fastest, share, gates) for t in timings if t.dynamic]
 

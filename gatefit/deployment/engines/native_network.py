@@ -8,6 +8,7 @@ from gatefit.deployment.dynamic import DynamicBlock, assemble
 from gatefit.deployment.engines.chain import ChainBlock, ChainBlocks
 from gatefit.deployment.engines.gathered import GatheredBlock
 from gatefit.deployment.engines.segments import with_fast_segments
+from gatefit.deployment.info import DeployedInfo, set_deployed_info
 from gatefit.deployment.plan import BlockPlan
 from gatefit.deployment.region import Region
 from gatefit.errors import DeployError
@@ -23,10 +24,10 @@ def gathered_network(
     """Blocks as `ChainBlocks` if they can be, else as a `GatheredBlock` each, else as `plans` says.
 
     What lies between them runs as `gatefit.deployment.engines.segments.with_fast_segments` says; the engines that
-    it chose stand in `.meta["engines"]`.
+    it chose stand in its `gatefit.deployment.info.DeployedInfo`.
     """
     network, chosen = with_fast_segments(assemble(gated, plans, _block), batches, engines)
-    network.meta["engines"] = chosen
+    set_deployed_info(network, DeployedInfo(tuple(plan for plan, _ in plans.values()), chosen))
     return network
 
 

@@ -14,7 +14,7 @@ from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.dynamic import DynamicBlock
-from gatefit.errors import DeployError
+from gatefit.errors import DeployError, first_line
 from gatefit.graph.trace import module_of
 
 INPUT, OUTPUT = "image", "logits"
@@ -270,7 +270,7 @@ def _export(parts: list[_Part]) -> None:
             _All(parts).eval(), examples, input_names=inputs, output_names=outputs, dynamo=True, verbose=False
         )
     except Exception as error:
-        raise DeployError(f"the network cannot be exported to ONNX: {str(error).splitlines()[0]}") from error
+        raise DeployError(f"the network cannot be exported to ONNX: {first_line(error)}") from error
     assert program is not None
     model = program.model_proto
     opset = next(o.version for o in model.opset_import if not o.domain)

@@ -14,7 +14,7 @@ from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.engines.chain import ChainBlocks
 from gatefit.deployment.engines.gathered import GatheredBlock
 from gatefit.deployment.engines.join import join_chains
-from gatefit.deployment.engines.runtimes import Session, has_onnx, need_onnx
+from gatefit.deployment.engines.onnx import Session, export, has_onnx, need_onnx
 from gatefit.deployment.kernels.native import torch_alone
 from gatefit.deployment.tune import milliseconds
 from gatefit.errors import DeployError
@@ -57,18 +57,8 @@ class OnnxSegment(nn.Module):
         self.segment = segment
         self.shapes = [t.shape[1:] for t in inputs]
         batch = torch.export.Dim("batch", min=1)
-        try:
-            program = torch.onnx.export(
-                _Bare(segment).eval(),
-                inputs,
-                dynamo=True,
-                verbose=False,
-                dynamic_shapes=(tuple({0: batch} for _ in inputs),),
-            )
-        except Exception as error:
-            raise DeployError(f"the network cannot be exported to ONNX: {str(error).splitlines()[0]}") from error
-        assert program is not None
-        self.session = Session(program.model_proto.SerializeToString(), spins=False)
+        content = export(_Bare(segment).eval(), inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),))
+        self.session = Session(content, spins=False)
 
     def forward(self, *inputs: Tensor) -> Any:
         """As the stretch."""

@@ -6,7 +6,7 @@ from deployed import gated_network, same
 from networks import images
 
 import gatefit
-from gatefit.deployment.engines.runtimes import OnnxNetwork, masked_onnx
+from gatefit.deployment.engines.onnx import OnnxNetwork, masked_onnx
 
 
 def test_a_file_without_control_flow():

@@ -10,7 +10,7 @@ from networks import images, make
 import gatefit
 from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.engines.prepack import PackedConv
-from gatefit.deployment.engines.runtimes import packed
+from gatefit.deployment.engines.pytorch import packed
 from gatefit.graph.fold import fold_batch_norms
 
 

@@ -13,6 +13,7 @@ import gatefit
 from gatefit.commands.deploy import load_deployed, write_deployment
 from gatefit.deployment.engines.native_network import gathered_blocks, gathered_network
 from gatefit.deployment.engines.segments import ONNX, TORCH, OnnxSegment, TorchSegment
+from gatefit.deployment.info import deployed_info
 from gatefit.deployment.kernels.native import kernels, threads, torch_alone
 from gatefit.gating.gates import gates_of
 
@@ -47,7 +48,7 @@ def test_what_lies_between_blocks_in_either_engine(name, tmp_path):
     count = len(gathered_network(gated, plans, [images(1)]).meta["engines"])
     for engine in (TORCH, ONNX):
         deployed = gathered_network(gated, plans, [images(1)], [engine] * count)
-        assert set(deployed.meta["engines"]) == {engine}
+        assert set(deployed_info(deployed).engines) == {engine}
         every = {n: True for n in gates_of(gated)}
         assert gathered_blocks(deployed) == ({} if name == "squeeze-excite" else every)  # codebooks serve that one
         assert sum(isinstance(m, OnnxSegment) for m in deployed.modules()) == (count if engine == ONNX else 0)
@@ -56,6 +57,6 @@ def test_what_lies_between_blocks_in_either_engine(name, tmp_path):
                 assert same(deployed(others), gated(others))
                 assert same(copy.deepcopy(deployed)(others), gated(others))
     gatefit.save(gated, tmp_path)
-    write_deployment(tmp_path, tuple(plan for plan, _ in plans.values()), deployed.meta["engines"])
+    write_deployment(tmp_path, tuple(plan for plan, _ in plans.values()), deployed_info(deployed).engines)
     with torch.no_grad():
         assert torch.equal(load_deployed(tmp_path, make(name))(images(3)), deployed(images(3)))

@@ -1,35 +1,35 @@
-"""What runs deployed networks: PyTorch, ONNX Runtime."""
+"""Networks, and blocks of them, in ONNX Runtime on the CPU."""
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.dynamic import DynamicBlock, assemble
-from gatefit.deployment.engines.prepack import prepack
+from gatefit.deployment.info import deployed_info
 from gatefit.deployment.plan import BlockPlan, plans_without_codebooks
-from gatefit.errors import DeployError
-
-Network = TypeVar("Network", bound=nn.Module)
-Run = Callable[[Tensor], Tensor]
-"""Images (B, C, H, W) to predictions (B, classes)."""
+from gatefit.errors import DeployError, first_line
 
 
 def has_onnx() -> bool:
-    """Whether ONNX files can be written and run here."""
+    """Tell whether ONNX files can be written and run here."""
     return all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 
 
 def need_onnx() -> None:
-    """Raise DeployError where they cannot."""
+    """Refuse to go on where they cannot.
+
+    Raises:
+        DeployError: a package is missing; the message says how to install it.
+    """
     if not has_onnx():
         raise DeployError("the onnx backend needs onnx, onnxscript and onnxruntime: pip install 'gatefit[onnx]'")
 
 
 class Session:
-    """ONNX Runtime on the CPU with as many threads as torch has; takes the model's inputs in their order.
+    """Runs an ONNX model on the CPU with as many threads as torch has; takes the model's inputs in their order.
 
     Args:
         model: a file's content.
@@ -49,7 +49,7 @@ class Session:
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise DeployError(f"ONNX Runtime cannot read the file ({str(error)[:120]}); deploy anew") from error
+            raise DeployError(f"ONNX Runtime cannot read the file ({first_line(error)[:120]}); deploy anew") from error
         self.inputs = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
         """Shapes by name."""
 
@@ -57,30 +57,17 @@ class Session:
         return self  # nothing in it changes
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Run once; the first output."""
+        """Run once; give the first output."""
         return self.all(*inputs)[0]
 
     def all(self, *inputs: Tensor) -> list[Tensor]:
-        """Run once; all outputs."""
+        """Run once; give all outputs."""
         given = {name: x.contiguous().numpy() for name, x in zip(self.inputs, inputs, strict=True)}
         return [torch.from_numpy(x) for x in self._session.run(None, given)]
 
 
-def torch_blocks(blocks: list[DynamicBlock], inputs: list[tuple[Tensor, Tensor]]) -> list[Callable[..., Any]]:
-    """Blocks with their weights packed; inputs must be channels-last."""
-    return [packed(block) for block in blocks]
-
-
-def packed(network: Network) -> Network:
-    """A deployed network, or a block of one, in PyTorch's fastest form; in place."""
-    for part in list(network.modules()):
-        if isinstance(part, fx.GraphModule):
-            prepack(part)
-    return network.to(memory_format=torch.channels_last)
-
-
 def onnx_blocks(blocks: list[DynamicBlock], inputs: list[tuple[Tensor, Tensor]]) -> list[Callable[..., Any]]:
-    """A session for each block."""
+    """Make a session for each block."""
     from gatefit.deployment.engines.onnx_file import blocks_to_onnx
 
     return [Session(model.SerializeToString()) for model in blocks_to_onnx(blocks, inputs)]
@@ -107,15 +94,30 @@ class OnnxNetwork:
 
 
 def onnx_network(deployed: fx.GraphModule, image: Tensor) -> OnnxNetwork:
-    """From `gatefit.deployment.dynamic.assemble`, for images of the shape of `image` (1, C, H, W)."""
+    """Make a file of an assembled network, for images of the shape of `image`, (1, C, H, W)."""
     from gatefit.deployment.engines.onnx_file import to_onnx
 
-    return OnnxNetwork(to_onnx(deployed, image).SerializeToString(), deployed.meta["plans"])
+    return OnnxNetwork(to_onnx(deployed, image).SerializeToString(), deployed_info(deployed).plans)
 
 
 def masked_onnx(gated: fx.GraphModule, image: Tensor) -> bytes:
-    """A file in which gates multiply and nothing is skipped, for engines without control flow; shapes as above."""
+    """Make a file in which gates multiply and nothing is skipped, for engines without control flow."""
     from gatefit.deployment.engines.onnx_file import to_onnx
 
     model: bytes = to_onnx(assemble(gated, plans_without_codebooks(gated, skip=False)), image).SerializeToString()
     return model
+
+
+def export(network: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> bytes:
+    """Export a network to the content of an ONNX file.
+
+    Raises:
+        DeployError: it cannot be exported.
+    """
+    try:
+        program = torch.onnx.export(network, inputs, dynamo=True, verbose=False, **options)
+    except Exception as error:
+        raise DeployError(f"the network cannot be exported to ONNX: {first_line(error)}") from error
+    assert program is not None
+    content: bytes = program.model_proto.SerializeToString()
+    return content
