@@ -133,5 +133,5 @@ def test_deployments_of_format_4_are_read(in_onnx):
 
 def test_a_deployment_needs_a_network_beside_it(deployed, tmp_path):
     with pytest.raises(CheckpointError, match=r"no file .*config\.json"):
-        write_deployment(tmp_path, deployed[2].meta["plans"])
+        write_deployment(tmp_path, deployed_info(deployed[2]).plans)
     assert not list(tmp_path.iterdir())

@@ -55,7 +55,7 @@ def test_harvest_drops_what_no_calibration_image_opens():
     pruned = gatefit.deploy(gated, few, masks=1, prune_unused=True)
     books = [p.codebook for p in deployed_info(pruned).plans if p.codebook is not None]
     assert books and any(not book.all() for book in books)
-    assert all(book.all() for p in gatefit.deploy(gated, few, masks=1).meta["plans"] for book in p.codebook[-1:])
+    assert all(book.all() for p in deployed_info(gatefit.deploy(gated, few, masks=1)).plans for book in p.codebook[-1:])
     with torch.no_grad():
         assert same(pruned(few), gated(few)) and not same(pruned(images(9, seed=5)), gated(images(9, seed=5)))
 

@@ -22,7 +22,7 @@ def test_a_deployment_in_a_folder(tmp_path, placement):
     write_deployment(tmp_path, deployed_info(deployed).plans)
     with torch.no_grad():
         assert torch.equal(load_deployed(tmp_path)(calibration), deployed(calibration))
-    assert all(p.parallel == (placement == "parallel") for p in load_deployed(tmp_path).meta["plans"])
+    assert all(p.parallel == (placement == "parallel") for p in deployed_info(load_deployed(tmp_path)).plans)
     (tmp_path / "deployment.json").write_text('{"format": 4}')
     with pytest.raises(gatefit.GatefitError, match="damaged"):
         load_deployed(tmp_path)

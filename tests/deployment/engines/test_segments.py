@@ -22,7 +22,7 @@ from gatefit.gating.gates import gates_of
 def test_pytorch_runs_on_one_thread_between_blocks_and_kernels_on_all():
     gated = gated_network("basic")
     plans = plans_for(gated, images(8))
-    count = len(gathered_network(gated, plans, [images(1)]).meta["engines"])
+    count = len(deployed_info(gathered_network(gated, plans, [images(1)])).engines)
     network = gathered_network(gated, plans, [images(1)], [TORCH] * count)
     seen = []
     for segment in network.modules():
@@ -45,7 +45,7 @@ def test_what_lies_between_blocks_in_either_engine(name, tmp_path):
     pytest.importorskip("onnxruntime")
     gated = gated_network(name)
     plans = plans_for(gated, images(8))
-    count = len(gathered_network(gated, plans, [images(1)]).meta["engines"])
+    count = len(deployed_info(gathered_network(gated, plans, [images(1)])).engines)
     for engine in (TORCH, ONNX):
         deployed = gathered_network(gated, plans, [images(1)], [engine] * count)
         assert set(deployed_info(deployed).engines) == {engine}
