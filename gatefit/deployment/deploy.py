@@ -22,7 +22,7 @@ from gatefit.deployment.region import Region, region_or_none
 from gatefit.deployment.tune import ROUNDS, tune
 from gatefit.errors import DeployError
 from gatefit.gating.gates import gates_of
-from gatefit.graph.mode import evaluating
+from gatefit.mode import evaluating
 
 TUNING_IMAGES = 8
 """Images, or batches of more than that, that forms are timed by."""

@@ -13,6 +13,7 @@ from gatefit.errors import DeployError
 from gatefit.gating.gates import Gate
 from gatefit.graph.activations import activation_of
 from gatefit.graph.blocks import ChannelUnits
+from gatefit.graph.edit import extract_subgraph
 from gatefit.graph.ops import add_compensation, harden, scale
 from gatefit.graph.trace import module_of
 
@@ -193,15 +194,10 @@ def extract(
 
 def extract_prefix(gated: fx.GraphModule, region: Region) -> fx.GraphModule:
     """What of the branch runs whole in the parallel placement, from the block's input; its weights are copies."""
-    assert region.prefix is not None
-    graph = fx.Graph()
-    copied = {region.entry: graph.placeholder("entry")}
-    for node in gated.graph.nodes:
-        if node in region.prefix.nodes:
-            copied[node] = graph.node_copy(node, copied.__getitem__)
-    graph.output(copied[region.prefix.output])
-    read = [str(n.target) for n in region.prefix.nodes if n.op in ("call_module", "get_attr")]
-    return fx.GraphModule({t: copy.deepcopy(operator.attrgetter(t)(gated)) for t in read}, graph).eval()
+    prefix = region.prefix
+    assert prefix is not None
+    nodes = [node for node in gated.graph.nodes if node in prefix.nodes]
+    return copy.deepcopy(extract_subgraph(gated, nodes, {region.entry: "entry"}, prefix.output)).eval()
 
 
 def _choose_factors(graph: fx.Graph, copied: dict[fx.Node, fx.Node], gate: Gate, node: fx.Node) -> None:

@@ -1,7 +1,6 @@
 """Choose each block's form by the clock: dynamic execution that does not pay on this machine is left out."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from gatefit.decisions import Placement
+from gatefit.deployment.clock import second_run_ms
 from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.plan import BlockPlan, Observed, plan_block
 from gatefit.deployment.region import Region
@@ -106,8 +106,5 @@ def milliseconds(runs: Sequence[Callable[..., object]], inputs: Sequence[tuple[T
     for _ in range(ROUNDS):
         for i, given in enumerate(inputs):
             for run, into in zip(runs, times_ms, strict=True):
-                run(*given)
-                began = time.perf_counter()
-                run(*given)
-                into[i].append(1000 * (time.perf_counter() - began))
+                into[i].append(second_run_ms(run, *given))
     return [statistics.mean(statistics.median(x) for x in one) for one in times_ms]

@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from gatefit.gating.gates import Gate, gates_of
 from gatefit.gating.measure import BlockMeasures, Measures, block_damage, measure
 from gatefit.gating.penalty import unit_weights
-from gatefit.graph.mode import evaluating
 from gatefit.inputs.data import ImageSet
+from gatefit.mode import evaluating
 from gatefit.progress import OnProgress, silent
 
 RIDGE = 1e-3

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.gating.gates import Gate
 from gatefit.graph.ops import add_compensation
-from gatefit.graph.trace import module_of, shape_of
+from gatefit.graph.trace import call_counts, module_of, shape_of
 from gatefit.progress import OnProgress, Progress, silent
 
 PRIOR_IMAGES = 40
@@ -52,7 +52,7 @@ def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], on_progress: O
     """
     gated.eval()
     runs = _Runs(gated, list(batches))
-    calls = [n.target for n in gated.graph.nodes if n.op == "call_module"]
+    calls = call_counts(gated)
     reconstructed = 0
     for done, node in enumerate(gated.graph.nodes, 1):
         on_progress(Progress("reconstruct", done, len(gated.graph.nodes)))
@@ -60,7 +60,7 @@ def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], on_progress: O
             break
         changed = runs.run_open(node)
         layer = module_of(gated, node)
-        if changed and _can_be_reconstructed(layer) and calls.count(node.target) == 1:
+        if changed and _can_be_reconstructed(layer) and calls[str(node.target)] == 1:
             _reconstruct_layer(gated, node, layer, runs)
             reconstructed += 1
         runs.run_gated(node, changed)

@@ -1,7 +1,6 @@
 """Proof that a conversion is right: identity to the bit, and closed units that are dead to the bit."""
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from gatefit.errors import ConversionError
 from gatefit.gating.gates import Gate, gates_of
+from gatefit.graph.trace import call_counts
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ def verify(model: nn.Module, gated: fx.GraphModule, image: Tensor, seed: int = 0
                 blocks += 1
                 deep.append(gate)
         outputs = _outputs(subject, image)
-        calls = Counter(str(n.target) for n in gated.graph.nodes if n.op == "call_module")
-        only = {name for name, count in calls.items() if count == 1}
+        only = {name for name, count in call_counts(gated).items() if count == 1}
         for gate in deep:
             _corrupt_block(state, gate, only, generator)
         if not _equal(outputs, _outputs(subject, image)):

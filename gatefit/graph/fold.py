@@ -9,7 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import StochasticDepth
 
 from gatefit.graph.ops import add_compensation
-from gatefit.graph.trace import module_of, trace
+from gatefit.graph.trace import call_counts, module_of, trace
 
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath, StochasticDepth)
 """Modules that give back what they are given, in eval mode."""
@@ -33,14 +33,14 @@ def fold_batch_norms(model: nn.Module, example: Tensor | None = None) -> fx.Grap
 @torch.no_grad()
 def fold_in_place(traced: fx.GraphModule) -> fx.GraphModule:
     """`fold_batch_norms` for a graph in eval mode; a fill between convolution and norm is scaled like its rows."""
-    calls = [n.target for n in traced.graph.nodes if n.op == "call_module"]
+    calls = call_counts(traced)
 
     def once(node: fx.Node) -> bool:
-        return len(node.users) == 1 and calls.count(node.target) == 1
+        return len(node.users) == 1 and calls[str(node.target)] == 1
 
     for node in list(traced.graph.nodes):
         norm = _exactly(module_of(traced, node), (nn.BatchNorm2d, BatchNormAct2d))
-        if norm is None or norm.running_var is None or calls.count(node.target) > 1:
+        if norm is None or norm.running_var is None or calls[str(node.target)] > 1:
             continue
         before = node.all_input_nodes[0]
         source, compensated = before, None

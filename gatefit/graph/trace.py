@@ -3,6 +3,7 @@
 import copy
 import inspect
 import operator
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -113,6 +114,11 @@ def shape_of(node: object) -> torch.Size | None:
 def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that a call_module node calls, else None."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def call_counts(traced: fx.GraphModule) -> Counter[str]:
+    """Count how often each module is called, by its qualified name."""
+    return Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
 
 
 def reads_size(node: fx.Node) -> bool:

@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 from gatefit.errors import ModelError, first_line
+from gatefit.mode import evaluating
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -242,17 +243,15 @@ def output_count(model: nn.Module, spec: InputSpec) -> int:
     Raises:
         ModelError: it does not take images of that size, or does not return logits (B, classes).
     """
-    training = model.training
     parameter = next(model.parameters(), torch.zeros(0))
     try:
-        logits = model.eval()(torch.zeros(1, *spec.shape, device=parameter.device, dtype=parameter.dtype))
+        with evaluating(model):
+            logits = model(torch.zeros(1, *spec.shape, device=parameter.device, dtype=parameter.dtype))
     except Exception as error:
         raise ModelError(
             f"the network does not take images of {spec.shape[1]}x{spec.shape[2]} pixels "
             f"({first_line(error)[:120]}); set model.image_size"
         ) from error
-    finally:
-        model.train(training)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ModelError("the network does not return one row of logits for each image")
     return logits.shape[1]

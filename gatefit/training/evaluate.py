@@ -12,6 +12,7 @@ from gatefit.gating.info import info_of
 from gatefit.inputs.data import Source, as_images, normalise
 from gatefit.inputs.loader import loader
 from gatefit.inputs.models import output_count
+from gatefit.mode import evaluating
 from gatefit.progress import OnProgress, Progress, silent
 
 BATCH = 250
@@ -92,32 +93,30 @@ def evaluate(
     device = next(gated.parameters()).device
     decider = GateDecider(gated)
     costs = decider.costs(spec.shape)
-    training = gated.training
-    gated.eval()
     teacher = copy.deepcopy(teacher).to(device).eval() if teacher is not None else None
     same = dense_right = 0
     sequential, parallel, answers, truth = [], [], [], []
     opened_masks: dict[str, list[Tensor]] = {name: [] for name in costs.parents}
     indices = torch.arange(len(images)).split(BATCH)
     done = 0
-    for batch, labels, _ in loader(images, [i.tolist() for i in indices]):
-        x = normalise(batch.to(device), spec)
-        answer = gated(x).argmax(1).cpu()
-        answers.append(answer)
-        truth.append(labels)
-        if teacher is not None:
-            wanted = teacher(x).argmax(1).cpu()
-            same += int((answer == wanted).sum())
-            dense_right += int((wanted == labels).sum())
-        decided = decider.decisions()
-        sequential.append(costs.per_image(decided).cpu())
-        parallel.append(costs.per_image(decided, "parallel").cpu())
-        for name, parent in costs.parents.items():
-            outer = opened_masks[parent][-1][:, :1] if parent else True  # what is skipped runs no inner block
-            opened_masks[name].append(decided.blocks[name].mask.cpu() & outer)
-        done += len(labels)
-        on_progress(Progress("evaluate", done, len(images)))
-    gated.train(training)
+    with evaluating(gated):
+        for batch, labels, _ in loader(images, [i.tolist() for i in indices]):
+            x = normalise(batch.to(device), spec)
+            answer = gated(x).argmax(1).cpu()
+            answers.append(answer)
+            truth.append(labels)
+            if teacher is not None:
+                wanted = teacher(x).argmax(1).cpu()
+                same += int((answer == wanted).sum())
+                dense_right += int((wanted == labels).sum())
+            decided = decider.decisions()
+            sequential.append(costs.per_image(decided).cpu())
+            parallel.append(costs.per_image(decided, "parallel").cpu())
+            for name, parent in costs.parents.items():
+                outer = opened_masks[parent][-1][:, :1] if parent else True  # what is skipped runs no inner block
+                opened_masks[name].append(decided.blocks[name].mask.cpu() & outer)
+            done += len(labels)
+            on_progress(Progress("evaluate", done, len(images)))
     masks = {name: torch.cat(parts) for name, parts in opened_masks.items()}
     macs, answered, labels = torch.cat(sequential), torch.cat(answers), torch.cat(truth)
     return Evaluation(

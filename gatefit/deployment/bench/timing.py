@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.bench.memory import held_by, peak_of
+from gatefit.deployment.clock import second_run_ms
 from gatefit.deployment.engines.pytorch import Run
 from gatefit.deployment.engines.registry import available_engines, dense
 from gatefit.deployment.plan import share_of
@@ -136,10 +137,7 @@ def times(engines: dict[Key, Run], batches: list[Tensor], rounds: int) -> dict[K
         batch = batches[i % len(batches)]
         for key, run in engines.items():
             time.sleep(PAUSE)
-            run(batch)
-            began = time.perf_counter()
-            run(batch)
-            found[key].append(1000 * (time.perf_counter() - began))
+            found[key].append(second_run_ms(run, batch))
     return found
 
 

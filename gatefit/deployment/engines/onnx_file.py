@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.errors import DeployError, first_line
+from gatefit.graph.edit import extract_subgraph
 from gatefit.graph.trace import module_of
 
 INPUT, OUTPUT = "image", "logits"
@@ -238,23 +239,10 @@ def _segment(
 ) -> _Part:
     """Consecutive nodes as a network of their own; numbers that they are given are those of the example."""
     inside = set(nodes)
-    graph = fx.Graph()
-    copied: dict[fx.Node, Any] = {}
-    given: list[fx.Node] = []
-    for node in nodes:
-        for source in node.all_input_nodes:
-            if source in inside or source in copied:
-                continue
-            if isinstance(values[source], Tensor):
-                copied[source] = graph.placeholder(source.name)
-                given.append(source)
-            else:
-                copied[source] = values[source]
-    for node in nodes:
-        copied[node] = graph.node_copy(node, copied.__getitem__)
+    read = {source: values[source] for node in nodes for source in node.all_input_nodes if source not in inside}
+    given = [source for source, value in read.items() if isinstance(value, Tensor)]
     outputs = [n for n in nodes if any(u not in inside for u in n.users) and isinstance(values[n], Tensor)]
-    graph.output(tuple(copied[n] for n in outputs))
-    module = fx.GraphModule(deployed, graph)
+    module = extract_subgraph(deployed, nodes, {**read, **{source: source.name for source in given}}, outputs)
     return _Part(module, [values[n] for n in given], [names[n] for n in given], [names[n] for n in outputs])
 
 

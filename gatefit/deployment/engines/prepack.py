@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.deployment.region import SHORTCUT
 from gatefit.graph.activations import PLAIN, activation_of
-from gatefit.graph.trace import module_of
+from gatefit.graph.trace import call_counts, module_of
 
 
 class PackedConv(nn.Module):
@@ -84,7 +84,7 @@ def replace_convs(network: fx.GraphModule, make: Callable[[nn.Conv2d, str], nn.M
         make: from a convolution and the name of its activation (a key of `PLAIN`) to a module that is called with
             (x,) or (x, shortcut); None leaves the convolution alone.
     """
-    calls = [n.target for n in network.graph.nodes if n.op == "call_module"]
+    calls = call_counts(network)
     for node in list(network.graph.nodes):
         conv = module_of(network, node)
         if type(conv) is not nn.Conv2d or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
@@ -100,7 +100,7 @@ def replace_convs(network: fx.GraphModule, make: Callable[[nn.Conv2d, str], nn.M
         made = make(conv, activation)
         if made is None:
             continue
-        target = str(node.target) if calls.count(node.target) == 1 else f"{node.target}_{node.name}"
+        target = str(node.target) if calls[str(node.target)] == 1 else f"{node.target}_{node.name}"
         network.add_submodule(target, made)
         with network.graph.inserting_before(last):
             run = network.graph.call_module(target, node.args if residual is None else (*node.args, residual))
