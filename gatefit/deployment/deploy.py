@@ -23,11 +23,13 @@ from gatefit.deployment.tune import ROUNDS, tune
 from gatefit.errors import DeployError
 from gatefit.gating.gates import gates_of
 from gatefit.mode import evaluating
+from gatefit.renamed import renamed_argument
 
 TUNING_IMAGES = 8
 """Images, or batches of more than that, that forms are timed by."""
 
 
+@renamed_argument("harvest", "prune_unused")
 def deploy(
     gated: fx.GraphModule,
     calibration: Tensor | Iterable[Tensor],

@@ -16,6 +16,7 @@ from gatefit.graph.edit import insert_behind
 from gatefit.graph.ops import add_compensation, harden, scale
 from gatefit.graph.trace import trace
 from gatefit.inputs.models import input_spec, recognise
+from gatefit.renamed import renamed_argument
 
 
 def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
@@ -35,6 +36,7 @@ def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
     return _find(model, default_example(model) if example is None else example)[1]
 
 
+@renamed_argument("fill", "compensation")
 def retrofit(
     model: nn.Module,
     example: Tensor | None = None,

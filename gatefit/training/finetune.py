@@ -1,6 +1,5 @@
 """The fine-tune: train a gated network until the MACs that really run are those that were asked for."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +16,7 @@ from gatefit.inputs.data import ImageSet, Source, as_images
 from gatefit.inputs.models import InputSpec, output_count
 from gatefit.progress import OnProgress, silent
 from gatefit.recipe import ClosingPart, DistillationPart, FinetunePart
+from gatefit.renamed import renamed_argument
 from gatefit.training.gate_closing import GateClosing
 from gatefit.training.trainer import Epoch, Trainer, check_batches
 
@@ -25,6 +25,7 @@ SCRATCH_RAMP = 0.2
 """Of a network without an original to learn from: what its units do is not known before it has learnt."""
 
 
+@renamed_argument("report", "on_progress")
 def finetune(
     gated: fx.GraphModule,
     data: Source,
@@ -40,7 +41,6 @@ def finetune(
     on_progress: OnProgress = silent,
     checkpoint: Path | None = None,
     resume: bool = False,
-    report: OnProgress | None = None,
 ) -> list[Epoch]:
     """Train a gated network so that its gates close, in place; leave it in eval mode.
 
@@ -58,7 +58,6 @@ def finetune(
         on_progress: called after each step, of the initialisation too.
         checkpoint: a file that is written as training goes.
         resume: go on from `checkpoint` if it is there; the end is then the same as without the break.
-        report: the old name of `on_progress`.
 
     Returns:
         Means over each epoch.
@@ -68,9 +67,6 @@ def finetune(
         TrainingError: the loss is not finite.
         CheckpointError: `checkpoint` is damaged or cannot be written.
     """
-    if report is not None:
-        warnings.warn("finetune(report=) is now called finetune(on_progress=)", FutureWarning, stacklevel=2)
-        on_progress = report
     spec = info_of(gated).input
     images = as_images(data, spec, seed).train
     if not images.fits(output_count(gated, spec)):
