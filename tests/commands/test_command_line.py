@@ -10,10 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from gatefit.commands.cli import app
+from gatefit.commands.cli.convert import _epoch
 from gatefit.commands.cli.session import session
 from gatefit.errors import RecipeError
 from gatefit.formats import model_title
-from gatefit.recipe import Recipe, with_settings
+from gatefit.progress import Progress
+from gatefit.recipe import FinetunePart, Recipe, with_settings
 from gatefit.version import __version__
 
 ROOT = Path(__file__).parent.parent.parent
@@ -140,11 +142,14 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path, capsys):
     import typer
 
     (tmp_path / "checkpoint.safetensors").touch()
-    with pytest.raises(typer.Exit) as end, session("convert", tmp_path):
-        raise KeyboardInterrupt
-    assert end.value.exit_code == 130
-    expected = f"Interrupted. Run the same command with --resume to continue from {tmp_path}."
-    assert expected in capsys.readouterr().err.splitlines()
+    recipe = Recipe(finetune=FinetunePart(epochs=10))
+    for step, epoch in ((0, 1), (29, 3), (100, 10)):
+        where = _epoch(Progress("fine-tune", step, 100, loss=1.0), recipe)
+        with pytest.raises(typer.Exit) as end, session("convert", tmp_path, lambda where=where: where):
+            raise KeyboardInterrupt
+        assert end.value.exit_code == 130
+        how = f"Run the same command with --resume to continue from {tmp_path} (fine-tune, epoch {epoch} of 10)."
+        assert f"Interrupted. {how}" in capsys.readouterr().err.splitlines()
 
 
 def test_warnings_of_others_stay_warnings(capsys):
@@ -220,7 +225,6 @@ def test_a_tracker_gets_recipe_and_steps(fake, tmp_path):
 def test_only_the_main_process_logs(fake, tmp_path, monkeypatch):
     from gatefit.commands.trackers import tracking
     from gatefit.recipe import Recipe
-    from gatefit.training.trainer import Progress
 
     class Second:
         is_main_process = False

@@ -61,7 +61,12 @@ def convert(
     """
     name = (recipe.stem if recipe else model.replace("/", "-").replace(".py:", "-")) or "model"
     folder = out or Path("runs") / name
-    with session(f"convert {model_title(model) or name}", folder) as stdout:
+    last: list[Progress] = []
+
+    def position() -> str:
+        return _epoch(last[-1], chosen) if last else ""
+
+    with session(f"convert {model_title(model) or name}", folder, position) as stdout:
         if l1 is not None and target is not None:
             raise RecipeError("give --l1 or --target, not both: each sets how much is closed")
         chosen = read_recipe(recipe) if recipe else Recipe()
@@ -99,6 +104,8 @@ def convert(
             def on_progress(progress: Progress) -> None:
                 bar(progress)
                 track(progress)
+                if progress.loss is not None:
+                    last[:] = [progress]
 
             done = run(chosen, folder, resume=resume, on_progress=on_progress)
         if not is_main():
@@ -109,6 +116,12 @@ def convert(
             console = Console(file=stdout, markup=False)
             show_report(console, done.report)
             console.print(f"written: {folder}; look at {folder / 'report.html'}", soft_wrap=True)
+
+
+def _epoch(progress: Progress, recipe: Recipe) -> str:
+    """Tell the epoch under way of a training."""
+    epochs = recipe.baseline.epochs if progress.stage == "baseline" else recipe.finetune.epochs
+    return f"{progress.stage}, epoch {min(epochs, progress.step * epochs // progress.steps + 1)} of {epochs}"
 
 
 def _with_settings(recipe: Recipe, settings: list[str]) -> Recipe:

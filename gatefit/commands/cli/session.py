@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -24,7 +24,7 @@ SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Skip images t
 
 
 @contextmanager
-def session(command: str, out: Path | None = None) -> Iterator[TextIO]:
+def session(command: str, out: Path | None = None, position: Callable[[], str] = str) -> Iterator[TextIO]:
     """Run the body of a command; give the stream for its results.
 
     A first line says at once that the command is at work: importing PyTorch takes seconds. Whatever a library prints
@@ -34,6 +34,7 @@ def session(command: str, out: Path | None = None) -> Iterator[TextIO]:
     Args:
         command: the command and what it works on, for the first line.
         out: the folder that a training writes its checkpoints to, if it does.
+        position: tells where the training stands, such as "epoch 3 of 10"; empty: it has not begun.
     """
     if is_main():
         typer.echo(f"gatefit {command}: loading PyTorch ...", err=True)
@@ -47,7 +48,10 @@ def session(command: str, out: Path | None = None) -> Iterator[TextIO]:
     except KeyboardInterrupt:
         if is_main():
             saved = out is not None and any(out.glob("checkpoint*.safetensors"))
-            how = f"Run the same command with --resume to continue from {out}." if saved else "Nothing was saved."
+            where = f" ({position()})" if position() else ""
+            how = (
+                f"Run the same command with --resume to continue from {out}{where}." if saved else "Nothing was saved."
+            )
             typer.echo(f"Interrupted. {how}", err=True)
         raise typer.Exit(130) from None
     except (OSError, RuntimeError, MemoryError) as error:
