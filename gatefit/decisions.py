@@ -33,7 +33,7 @@ class BlockDecision:
 
     @property
     def mask(self) -> Tensor:
-        """(B, 1 + units) bool: whether the branch runs, and which of its units run; a skipped branch runs none."""
+        """Give both as one mask, (B, 1 + units) bool: whether the branch runs, then which units do (none if it does not)."""
         given = self.runs if self.runs is not None else self.units
         assert given is not None
         runs = self.runs[:, None] if self.runs is not None else torch.ones_like(given[:, :1])
@@ -54,21 +54,21 @@ class Costs(Protocol):
 
     @property
     def dense(self) -> int:
-        """MACs of one image in the original network."""
+        """Give the MACs of one image in the original network."""
 
     @property
     def parents(self) -> Mapping[str, str | None]:
-        """Each decided block and the block in whose branch it lies, outer blocks first."""
+        """Name each decided block and the block in whose branch it lies, outer blocks first."""
 
     def per_image(self, decisions: Decisions, placement: Placement = "sequential") -> Tensor:
-        """MACs of each image, what the deciders cost included: (B,) float64."""
+        """Add up the MACs of each image, those of the deciders included: (B,) float64."""
 
 
 class Decider(Protocol):
     """What decides in one network."""
 
     def costs(self, image_shape: tuple[int, ...]) -> Costs:
-        """Costs for images of shape (C, H, W)."""
+        """Compute the costs for images of shape (C, H, W)."""
 
     def decisions(self) -> Decisions:
-        """What the last forward decided."""
+        """Tell what the last forward decided."""

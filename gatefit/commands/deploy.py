@@ -34,7 +34,7 @@ FILE = "deployment.json"
 FORMAT = 5
 """Format 4, which is read too, names the ONNX file by its absolute path and keeps no hashes."""
 CALIBRATION = 256
-"""Training images that masks are chosen by; where channels are harvested, as many others are compared."""
+"""Training images that masks are chosen by; where unused channels are pruned, as many others are compared."""
 ROUNDS = 12
 """Of timing the deployed network beside the original."""
 
@@ -65,7 +65,7 @@ def write_deployment(
     Args:
         folder: of the gated network.
         plans: of its blocks.
-        engines: of the stretches of a gathered network, see `gatefit.deployment.engines.native_network`.
+        engines: of the segments of a gathered network, see `gatefit.deployment.engines.native_network`.
         model: the ONNX file's content.
         onnx: the ONNX file. It is kept by its way from the folder and by its hash.
 

@@ -13,7 +13,7 @@ SWEEPS = 4
 
 
 def choose_codebook(opens: Tensor, masks: int, possible: Tensor | None = None) -> Tensor:
-    """The codebook that the images of a calibration set run at the least expected cost, as far as a search finds it.
+    """Search for the codebook with which the calibration images run at the least expected cost.
 
     Args:
         opens: which units each image opens, (N, units) bool.
@@ -46,7 +46,7 @@ def choose_codebook(opens: Tensor, masks: int, possible: Tensor | None = None) -
 
 
 def most_frequent(opens: Tensor, masks: int, possible: Tensor) -> tuple[Tensor, float]:
-    """The masks that images ask for most often, as a codebook, and the share of images that ask for one of them."""
+    """Take the masks that images ask for most often as a codebook; tell the share of images that ask for one."""
     found, counts = torch.unique(opens.cpu() & possible, dim=0, return_counts=True)
     counts = counts * (found.any(1) & (found != possible).any(1))
     top = counts.argsort(descending=True, stable=True)[: masks - 1]
@@ -57,7 +57,7 @@ def most_frequent(opens: Tensor, masks: int, possible: Tensor) -> tuple[Tensor, 
 
 
 def assign(opens: Tensor, codebook: Tensor) -> Tensor:
-    """The cheapest entry that has all the units an image opens, else the last.
+    """Give each image the cheapest entry that has all the units it opens, else the last.
 
     Args:
         opens: (N, units) bool.
@@ -77,7 +77,7 @@ def expected_units(opens: Tensor, codebook: Tensor) -> float:
 
 
 def _starts(opens: Tensor, count: int) -> Tensor:
-    """Images in order of how much they open, cut into equal parts, and of each part what half of it opens."""
+    """Sort images by how much they open, cut them into equal parts, and start from what half of each part opens."""
     order = opens.sum(1).argsort(stable=True)
     parts = [opens[p].float().mean(0) >= 0.5 for p in order.chunk(count)]
     return torch.stack(parts)

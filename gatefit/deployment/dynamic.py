@@ -36,12 +36,12 @@ class Saliences(nn.Module):
         self.entries = 1 if plan.codebook is None else len(plan.codebook)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Pre-activations of both gates for inputs of the block, (B, ...): (B, [1 +] units)."""
+        """Compute the pre-activations of both gates for inputs of the block, (B, ...): (B, [1 +] units)."""
         logits: Tensor = self.fc(self.gate.pool(x))
         return logits
 
     def chosen(self, logits: Tensor) -> list[int]:
-        """The way that each image takes: an entry of the codebook, or `entries` for none; one read-back."""
+        """Choose the variant of each image: an entry of the codebook, or `entries` for none; one read-back."""
         opened = (logits > 0).cpu()
         variants = torch.zeros(len(opened), dtype=torch.int64)
         if self.fitting is not None:
@@ -53,7 +53,7 @@ class Saliences(nn.Module):
         return found
 
     def given(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Saliences of the block and of its units, and what is left behind (see `gatefit.deployment.region.INPUTS`)."""
+        """Compute the saliences, and the predictions of closed units (see `gatefit.deployment.region.INPUTS`)."""
         gate = self.gate
         whole = None if gate.block is None else gate.salience(logits[:, :1])
         if gate.channel is None:
@@ -63,7 +63,7 @@ class Saliences(nn.Module):
         return whole, channel, None if gate.compensation is None else (1 - channel) * gate.predicted(logits)
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        """All of it as tensors, for graphs: whether the block runs, (B, 1) bool, None: always; which entries of the
+        """Give all as tensors, for graphs: whether the block runs, (B, 1) bool, None: always; which entries of the
         codebook but the last would do, (B, entries - 1) bool, None: there is but one; then as `given`."""
         logits = self.logits(x)
         opened = logits > 0
@@ -79,7 +79,7 @@ class Saliences(nn.Module):
 
 @torch.no_grad()
 def _fitting(plan: BlockPlan) -> nn.Linear:
-    """From open units (0 or 1) to how many of them each entry lacks, or with `exact`, in how many it differs."""
+    """Make a layer that counts, from open units (0 or 1), how many each entry lacks, or with `exact`, gets wrong."""
     assert plan.codebook is not None
     masks = plan.codebook[:-1].float()
     count = nn.Linear(masks.shape[1], len(masks))
@@ -123,7 +123,7 @@ class DynamicBlock(nn.Module):
         )
 
     def _beside(self, prefix: fx.GraphModule, x: Tensor) -> tuple[Tensor, list[int], Tensor]:
-        """Logits and chosen ways, while what runs ahead makes of x what the ways are given."""
+        """Compute logits and choose variants, while the prefix makes of x what the variants are given."""
         if x.device.type != "cuda":
             entry = prefix(x)
             logits = self.saliences.logits(x)
@@ -149,7 +149,7 @@ class DynamicBlock(nn.Module):
         return result
 
     def _sorted(self, chosen: list[int], logits: Tensor, x: Tensor, shortcut: Tensor) -> Tensor:
-        """Run the samples of each way together, and put them back in order."""
+        """Run the samples of each variant together, and put them back in order."""
         result = torch.empty_like(shortcut)
         for index in sorted(set(chosen)):
             some = torch.tensor([i for i, variant in enumerate(chosen) if variant == index], device=x.device)
@@ -160,17 +160,17 @@ class DynamicBlock(nn.Module):
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for the gates of all blocks, which take turns."""
+    """Give the stream for the gates of all blocks, which take turns."""
     return torch.cuda.Stream(device)
 
 
 def reads_saliences(variant: fx.GraphModule) -> bool:
-    """Whether a way needs to be given saliences, or what is left behind."""
+    """Tell whether a variant needs the saliences, or the predictions of closed units."""
     return any(n.users for n in variant.graph.nodes if n.op == "placeholder" and n.target in INPUTS[2:])
 
 
 def variants_of(gated: fx.GraphModule, gate: Gate, region: Region, plan: BlockPlan) -> list[fx.GraphModule]:
-    """The way for each entry of the codebook, batch norms folded."""
+    """Extract the variant for each entry of the codebook, batch norms folded."""
     hard = gate.form == "step" and plan.skip  # the block's salience is then 1 where the branch runs
     if plan.codebook is None:
         return [fold_in_place(extract(gated, gate, region, block_mask=not hard, parallel=plan.parallel))]
@@ -187,7 +187,7 @@ def assemble(
     plans: dict[str, tuple[BlockPlan, Region | None]],
     make_block: Callable[[fx.GraphModule, Gate, Region, BlockPlan], nn.Module] = DynamicBlock,
 ) -> fx.GraphModule:
-    """The deployed network: a dynamic block for each that can be cut out, all else with batch norms folded.
+    """Build the deployed network: a dynamic block for each that can be extracted, all else with batch norms folded.
 
     Of those, blocks that no image can open are gone.
 

@@ -34,7 +34,7 @@ class BlockPlan:
 
     @property
     def dynamic(self) -> bool:
-        """Whether anything can be saved at run time."""
+        """Tell whether anything can be saved at run time."""
         return self.skip or (self.codebook is not None and len(self.codebook) > 1)
 
 
@@ -89,19 +89,19 @@ def observe(gated: fx.GraphModule, images: list[Tensor]) -> dict[str, Observed]:
 
 
 def never_open(gate: Gate) -> Tensor:
-    """Units that no input whatever can open, (units,) bool: their gate is constant and closed."""
+    """Find the units that no input whatever can open, (units,) bool: their gate is constant and closed."""
     assert gate.channel is not None
     constant = (gate.channel.weight == 0).all(1)
     return (constant & (gate.channel.bias <= 0)).cpu()
 
 
 def never_runs(gate: Gate) -> bool:
-    """Whether no input whatever can open the block: its gate is constant and closed."""
+    """Tell whether no input whatever can open the block: its gate is constant and closed."""
     return gate.block is not None and not gate.block.weight.any() and bool((gate.block.bias <= 0).all())
 
 
 def never_closes(gate: Gate) -> bool:
-    """Whether no input whatever can close the block or one of its units: its gates are constant and open."""
+    """Tell whether no input whatever can close the block or one of its units: its gates are constant and open."""
     return all(not fc.weight.any() and bool((fc.bias > 0).all()) for fc in gate.layers)
 
 
@@ -113,10 +113,10 @@ def plan_block(
     prune_unused: bool = False,
     placement: Placement = "sequential",
 ) -> tuple[BlockPlan, Region | None]:
-    """The most dynamic form of a block; whether it pays is another question (see `gatefit.deployment.tune`).
+    """Plan the most dynamic form of a block; whether it pays is another question (see `gatefit.deployment.tune`).
 
     Args:
-        harvest: take channels that no calibration image opened for ones that none ever will.
+        prune_unused: take channels that no calibration image opened for ones that none ever will.
         placement: "parallel" for blocks that have an `Prefix`; the others stay sequential.
     """
     name, whole = gate.of.name, gate.block is not None
@@ -145,12 +145,12 @@ def plan_block(
 
 
 def plans_without_codebooks(gated: fx.GraphModule, skip: bool) -> dict[str, tuple[BlockPlan, Region | None]]:
-    """One form for all blocks, whatever images ask for; and where they stand."""
+    """Plan the same form for all blocks, whatever images ask for; tell where they stand."""
     return {n: (BlockPlan(n, skip, None), region_or_none(gated, gate)) for n, gate in gates_of(gated).items()}
 
 
 def share_of(gated: fx.GraphModule, images: list[Tensor]) -> float:
-    """Share of the dense MACs that the gates let through (sequential placement, gates included)."""
+    """Measure the share of the dense MACs that the gates let through (sequential placement, gates included)."""
     costs = costs_of(gated, tuple(images[0].shape[1:]))
     total, count = 0.0, 0
     with torch.no_grad():

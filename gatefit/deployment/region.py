@@ -1,4 +1,4 @@
-"""Cut a block out of a gated network as a way to run it: its branch, shrunk to some channels, and the addition."""
+"""Extract a block of a gated network as a variant that runs: its branch, shrunk to some channels, and the addition."""
 
 import copy
 import operator
@@ -19,7 +19,7 @@ from gatefit.graph.trace import module_of
 
 SHORTCUT = "shortcut"
 INPUTS = ("entry", SHORTCUT, "whole", "channel", "closed_predictions")
-"""What a way is given: the block's input, what its branch is added to, both saliences, and what closed units were
+"""What a variant is given: the block's input, what its branch is added to, both saliences, and what closed units were
 predicted to be."""
 
 
@@ -116,7 +116,7 @@ def _prefix(gated: fx.GraphModule, gate: Gate, entry: fx.Node, region_nodes: fro
 
 
 def _shapes_channels(gated: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether it is a batch norm or an activation."""
+    """Tell whether it is a batch norm or an activation."""
     return isinstance(module_of(gated, node), nn.modules.batchnorm._BatchNorm) or activation_of(gated, node) is not None
 
 
@@ -134,7 +134,7 @@ def extract(
     channel_mask: bool = True,
     parallel: bool = False,
 ) -> fx.GraphModule:
-    """The block as a network of its own, its branch with the units `keep` alone (int64 indices; None: all).
+    """Extract the block as a network of its own, with the units `keep` alone in its branch (int64 indices; None: all).
 
     In the parallel placement it is given, instead of the block's input, what `extract_prefix` made of it.
 
@@ -193,7 +193,7 @@ def extract(
 
 
 def extract_prefix(gated: fx.GraphModule, region: Region) -> fx.GraphModule:
-    """What of the branch runs whole in the parallel placement, from the block's input; its weights are copies."""
+    """Extract what runs whole in the parallel placement, from the block's input; its weights are copies."""
     prefix = region.prefix
     assert prefix is not None
     nodes = [node for node in gated.graph.nodes if node in prefix.nodes]
@@ -201,7 +201,7 @@ def extract_prefix(gated: fx.GraphModule, region: Region) -> fx.GraphModule:
 
 
 def _choose_factors(graph: fx.Graph, copied: dict[fx.Node, fx.Node], gate: Gate, node: fx.Node) -> None:
-    """Where a way that was just given `node` multiplies the channels by it, take the entries that are left."""
+    """Where a variant that was just given `node` multiplies the channels by it, take the entries that are kept."""
     assert gate.of.channel_units is not None
     factor = next((f for f in gate.of.channel_units.factors if f.node == node.name), None)
     if factor is not None:
@@ -212,7 +212,7 @@ def _choose_factors(graph: fx.Graph, copied: dict[fx.Node, fx.Node], gate: Gate,
 
 
 def _entries(keep: Tensor, per_unit: int) -> Tensor:
-    """The entries that units own: (units * per_unit,)."""
+    """List the entries that units own: (units * per_unit,)."""
     return (keep[:, None] * per_unit + torch.arange(per_unit)).flatten()
 
 

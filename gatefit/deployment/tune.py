@@ -30,7 +30,7 @@ class Trial:
 
 
 def forms_of(plan: BlockPlan) -> list[BlockPlan]:
-    """The forms that a block may take, from the most dynamic to the one that always runs whole."""
+    """List the forms that a block may take, from the most dynamic to the one that always runs whole."""
     last = None if plan.codebook is None else plan.codebook[-1:]
     whole = replace(plan, skip=False, codebook=last, exact=False)
     forms = [plan, replace(plan, codebook=last, exact=False), replace(plan, skip=False), whole]
@@ -60,7 +60,7 @@ def tune(
         batches: some of them, (B, C, H, W) each.
         build: makes blocks runnable in the engine that is tuned for.
         masks: entries of a codebook, at most.
-        harvest, placement: see `gatefit.deployment.plan.plan_block`.
+        prune_unused, placement: see `gatefit.deployment.plan.plan_block`.
 
     Returns:
         By block name: the plan, its place (None: it cannot be cut out), and all that was tried.
@@ -89,7 +89,7 @@ def tune(
 def _inputs(
     gated: fx.GraphModule, regions: dict[str, Region], batches: Sequence[Tensor]
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """What each block is given for each batch: its input and its shortcut."""
+    """Run the network, and note what each block is given for each batch: its input and its shortcut."""
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in regions}
     for batch in batches:
         interpreter = fx.Interpreter(gated, garbage_collect_values=False)
@@ -101,7 +101,7 @@ def _inputs(
 
 @torch.no_grad()
 def milliseconds(runs: Sequence[Callable[..., object]], inputs: Sequence[tuple[Tensor, ...]]) -> list[float]:
-    """How long each run takes, with its weights at hand: mean over inputs of the median over rounds, interleaved."""
+    """Time each run with its weights at hand, rounds interleaved: the mean over inputs of the median over rounds."""
     times_ms: list[list[list[float]]] = [[[] for _ in inputs] for _ in runs]
     for _ in range(ROUNDS):
         for i, given in enumerate(inputs):

@@ -1,4 +1,4 @@
-"""Repair a gated network without training: refit, layer by layer, what reads changed inputs.
+"""Repair a gated network without training: reconstruct, layer by layer, what reads changed inputs.
 
 Two runs of the network stand side by side on the same images, one as if every gate were open (the original), one
 gated. Where a convolution or linear layer of the gated run reads other values than the original's, its weights
@@ -38,7 +38,7 @@ def images_that_fit(gated: fx.GraphModule) -> int:
 
 @torch.no_grad()
 def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], on_progress: OnProgress = silent) -> int:
-    """Refit the layers of `gated` that read changed inputs, in place, with its gates as they are; leaves eval mode.
+    """Reconstruct the layers of `gated` that read changed inputs, in place, its gates as they are; leaves eval mode.
 
     Grouped convolutions keep their weights, and so do layers that are called more than once; BN statistics stay.
 
@@ -48,7 +48,7 @@ def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], on_progress: O
         on_progress: called after each node.
 
     Returns:
-        How many layers were refitted.
+        How many layers were reconstructed.
     """
     gated.eval()
     runs = _Runs(gated, list(batches))

@@ -21,7 +21,7 @@ def held_by(make: Callable[[], Made]) -> tuple[Made, float | None]:
 
 
 def peak_of(run: Callable[[], object]) -> float | None:
-    """How much memory a call takes at most, beyond what is there, in 10**6 bytes; None where that is not known."""
+    """Measure how much memory a call takes at most, beyond what is there, in 10**6 bytes; None: it is not known."""
     before = _settled()
     try:
         (PROCESS / "clear_refs").write_text("5")  # counts the peak anew

@@ -42,7 +42,7 @@ def set_share(gated: fx.GraphModule, images: Tensor, share: float, masks: int = 
 
 @torch.no_grad()
 def keep_open(gated: fx.GraphModule, images: Tensor, seed: int = 0) -> None:
-    """A placebo: give a freshly retrofitted network gates that read their input and close for none of `images`."""
+    """Make a placebo: give a freshly retrofitted network gates that read their input and close for none of `images`."""
     generator = torch.Generator().manual_seed(seed)
 
     def set_gate(gate: Gate, args: tuple[Tensor, ...]) -> None:
@@ -70,14 +70,14 @@ def _close(gated: fx.GraphModule, images: Tensor, closed: float, masks: int, see
 
 
 def _direction(pooled: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random direction, (features,), in which the images differ by about 1, and where each stands on it, (B,)."""
+    """Draw a random direction, (features,), in which images differ by about 1; tell where each stands on it, (B,)."""
     weight = torch.randn(pooled.shape[1], generator=generator) / pooled.std(0).clamp_min(1e-6)
     weight /= (pooled @ weight).std().clamp_min(1e-6)
     return pooled @ weight, weight
 
 
 def _between(values: Tensor, share: float) -> Tensor:
-    """A threshold above about `share` of the values, in the middle between two: rounding moves none across."""
+    """Find a threshold above about `share` of the values, halfway between two of them: rounding moves none across."""
     ordered = values.sort().values
     region = min(max(1, round(share * len(values))), len(values) - 1)
     return ordered[region - 1 : region + 1].mean()

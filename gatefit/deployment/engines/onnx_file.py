@@ -1,4 +1,4 @@
-"""A deployed network as one ONNX file: a nest of `If` for each block, the weights of each way constants within it.
+"""A deployed network as one ONNX file: a nest of `If` for each block, the weights of each variant constants within it.
 
 The network is cut into parts (what lies between blocks; each block's gates; each entry of each codebook). All parts
 are exported at once, as one graph without connections, and put together by the names of their values.
@@ -24,7 +24,7 @@ _KINDS = ("runs", "fits", "whole", "channel", "closed_predictions")
 
 @torch.no_grad()
 def blocks_to_onnx(blocks: list[DynamicBlock], inputs: list[tuple[Tensor, Tensor]]) -> list[ModelProto]:
-    """A file for each block alone: inputs "x" and "shortcut", of the shapes of `inputs`, batch size 1."""
+    """Make a file for each block alone: inputs "x" and "shortcut", of the shapes of `inputs`, batch size 1."""
     choices = [_Choice("sum", b, ("x", "shortcut"), *given) for b, given in zip(blocks, inputs, strict=True)]
     _export([part for choice in choices for part in choice.parts()])
     models = []
@@ -103,7 +103,7 @@ class _Part:
         return helper.make_tensor_value_info(name, kind, list(value.shape))
 
     def graph(self) -> GraphProto:
-        """As the branch of an `If`."""
+        """Make the graph that is a branch of an `If`."""
         return helper.make_graph(
             self.piece.nodes, self.outputs[0], [], [self.info(self.outputs[0])], self.piece.constants
         )
@@ -152,7 +152,7 @@ class _Choice:
         return piece
 
     def result(self, name: str) -> ValueInfoProto:
-        """What the block gives, under a name."""
+        """Give the result of the block under a name."""
         info = self.variants[0].info(self.variants[0].outputs[0])
         info.name = name
         return info
@@ -211,7 +211,7 @@ class _All(nn.Module):
 
 
 def _steps(deployed: fx.GraphModule, image: Tensor) -> Iterator[_Part | _Choice]:
-    """The network in order of execution: segments, and dynamic blocks between them."""
+    """Walk the network in order of execution: segments, and dynamic blocks between them."""
     interpreter = fx.Interpreter(deployed, garbage_collect_values=False)
     interpreter.run(image)
     values = interpreter.env
@@ -237,7 +237,7 @@ def _steps(deployed: fx.GraphModule, image: Tensor) -> Iterator[_Part | _Choice]
 def _segment(
     deployed: fx.GraphModule, nodes: list[fx.Node], values: dict[fx.Node, Any], names: dict[fx.Node, str]
 ) -> _Part:
-    """Consecutive nodes as a network of their own; numbers that they are given are those of the example."""
+    """Make a network of consecutive nodes; numbers that they read are those of the example."""
     inside = set(nodes)
     read = {source: values[source] for node in nodes for source in node.all_input_nodes if source not in inside}
     given = [source for source, value in read.items() if isinstance(value, Tensor)]
@@ -272,7 +272,7 @@ def _export(parts: list[_Part]) -> None:
 def _extract(
     index: int, results: set[str], names: dict[str, str], graph: GraphProto, constants: dict[str, Any]
 ) -> _Piece:
-    """All that `results` are computed from; values are renamed by `names`, others get the part's number."""
+    """Extract all that `results` are computed from; values are renamed by `names`, others get the part's number."""
 
     def renamed(values: Iterable[str]) -> list[str]:
         return [names.get(v, f"{index}:{v}" if v else "") for v in values]

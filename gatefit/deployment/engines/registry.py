@@ -48,7 +48,7 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """The engine and its precision, as tables show them."""
+        """Name the engine and its precision, as tables show them."""
 
     @property
     def exact(self) -> bool:
@@ -56,7 +56,7 @@ class Engine(Protocol):
 
     @property
     def backends(self) -> frozenset[Backend]:
-        """Of the deployments that are made of the same parts, and so are compared with it."""
+        """List the backends of deployments that are made of the same parts, and so are compared with it."""
 
     def available(self) -> bool:
         """Tell whether the packages and the processor for it are here."""
@@ -130,12 +130,12 @@ class Inductor:
 
     @property
     def name(self) -> str:
-        """The compiler, and the precision where it is not fp32."""
+        """Name the compiler, and the precision where it is not fp32."""
         return "inductor" if self.exact else "inductor, bf16"
 
     @property
     def exact(self) -> bool:
-        """Only fp32 computes the same function."""
+        """Tell that only fp32 computes the same function."""
         return self.dtype == torch.float32
 
     def available(self) -> bool:

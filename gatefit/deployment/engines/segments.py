@@ -1,4 +1,4 @@
-"""What lies between a deployed network's blocks is dense: each stretch of it in the engine that is fastest here."""
+"""Runs what lies between a deployed network's blocks, which is dense: each segment in its fastest engine."""
 
 import copy
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ TORCH, ONNX = "torch", "onnxruntime"
 
 
 class TorchSegment(nn.Module):
-    """A stretch in PyTorch; what gatefit's own kernels leave of it runs on one thread."""
+    """Runs a segment in PyTorch; what gatefit's own kernels leave of it runs on one thread."""
 
     def __init__(self, segment: fx.GraphModule) -> None:
         super().__init__()
@@ -34,16 +34,16 @@ class TorchSegment(nn.Module):
         """Whether PyTorch has convolutions left to run: all threads for these."""
 
     def forward(self, *inputs: Tensor) -> Any:
-        """As the stretch."""
+        """Run the segment."""
         with nullcontext() if self.heavy else torch_alone():
             return self.segment(*inputs)
 
 
 class OnnxSegment(nn.Module):
-    """A stretch in ONNX Runtime, for batches of images of one size; others are run as given.
+    """Runs a segment in ONNX Runtime, for batches of images of one size; other sizes run in PyTorch.
 
     Args:
-        stretch: tensors to one tensor or several.
+        segment: from tensors to one tensor or several.
         inputs: float32, on the CPU, of a batch size above 1.
 
     Raises:
@@ -53,7 +53,7 @@ class OnnxSegment(nn.Module):
     def __init__(self, segment: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()
         if not all(isinstance(t, Tensor) and t.dtype == torch.float32 for t in inputs):
-            raise DeployError("a stretch takes something else than float32 tensors")
+            raise DeployError("a segment takes something else than float32 tensors")
         self.segment = segment
         self.shapes = [t.shape[1:] for t in inputs]
         batch = torch.export.Dim("batch", min=1)
@@ -61,7 +61,7 @@ class OnnxSegment(nn.Module):
         self.session = Session(content, spins=False)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """As the stretch."""
+        """Run the segment."""
         if [t.shape[1:] for t in inputs] != self.shapes:
             return self.segment(*inputs)
         results = self.session.all(*inputs)
@@ -83,15 +83,15 @@ class _Bare(nn.Module):
 def with_fast_segments(
     deployed: fx.GraphModule, batches: Sequence[Tensor], engines: Sequence[str] | None = None
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """Run each stretch by gatefit's own kernels, in one call with the blocks around it; or by ONNX Runtime if faster.
+    """Run each segment by gatefit's own kernels, in one call with the blocks around it; or by ONNX Runtime if faster.
 
     Args:
         deployed: from `gatefit.deployment.dynamic.assemble`, on the CPU; changed.
         batches: (B, C, H, W) each, to time by.
-        engines: of each stretch, where they were chosen before.
+        engines: of each segment, where they were chosen before.
 
     Returns:
-        The network, and the engine of each stretch: `TORCH` or `ONNX`.
+        The network, and the engine of each segment: `TORCH` or `ONNX`.
 
     Raises:
         DeployError: `engines` names one that is not installed.
@@ -124,7 +124,7 @@ def with_fast_segments(
 
 
 def _in_onnx(segment: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, nn.Module]:
-    """By its engine's name; empty where it cannot be exported."""
+    """Export a segment; give it by its engine's name, nothing where it cannot be exported."""
     try:
         return {ONNX: OnnxSegment(segment, inputs)}
     except DeployError:
@@ -132,11 +132,11 @@ def _in_onnx(segment: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, nn.M
 
 
 _RUNS = (ChainBlocks, GatheredBlock, DynamicBlock, OnnxSegment)
-"""What runs by itself; a stretch is all that lies between two of these."""
+"""What runs by itself; a segment is all that lies between two of these."""
 
 
 def _split(network: fx.GraphModule) -> fx.GraphModule:
-    """Each stretch as one module, and each of what lies between them."""
+    """Split a network into segments, and the blocks that run by themselves between them."""
     parts: dict[fx.Node, int] = {}
     number = 0
     for node in network.graph.nodes:
@@ -148,7 +148,7 @@ def _split(network: fx.GraphModule) -> fx.GraphModule:
 
 
 def _inlined(split: fx.GraphModule) -> fx.GraphModule:
-    """The reverse of `_split`; in place."""
+    """Undo `_split`, in place."""
     graph = split.graph
     for node in list(graph.nodes):
         part = module_of(split, node)
@@ -173,7 +173,7 @@ def _inlined(split: fx.GraphModule) -> fx.GraphModule:
 
 
 def _inputs(split: fx.GraphModule, images: Sequence[Tensor]) -> dict[str, list[tuple[Any, ...]]]:
-    """What each stretch is given for each of `images`."""
+    """Run the network, and note what each segment is given for each of `images`."""
     found: dict[str, list[tuple[Any, ...]]] = {}
     for image in images:
         interpreter = fx.Interpreter(split, garbage_collect_values=False)
