@@ -33,7 +33,7 @@ class BlockDecision:
 
     @property
     def mask(self) -> Tensor:
-        """Give both as one mask, (B, 1 + units) bool: whether the branch runs, then which units do (none if it does not)."""
+        """Give both as one mask, (B, 1 + units) bool: whether the branch runs, then which of its units do."""
         given = self.runs if self.runs is not None else self.units
         assert given is not None
         runs = self.runs[:, None] if self.runs is not None else torch.ones_like(given[:, :1])
