@@ -78,7 +78,7 @@ def _count(name: str, family: str, network: nn.Module, found: FoundBlocks) -> Co
 
 
 def kind_of(reason: str) -> str:
-    """A reason without the names of nodes, so that reasons can be counted."""
+    """Strip a reason of the names of nodes, so that reasons can be counted."""
     return re.sub(r"'[^']*'|\([^)]*\)", "...", reason)
 
 

@@ -49,7 +49,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine at hand."""
+    """Describe the machine at hand."""
     return Machine(processor("model name"), torch.get_num_threads(), torch.__version__)
 
 

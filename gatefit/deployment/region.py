@@ -201,7 +201,7 @@ def extract_prefix(gated: fx.GraphModule, region: Region) -> fx.GraphModule:
 
 
 def _choose_factors(graph: fx.Graph, copied: dict[fx.Node, fx.Node], gate: Gate, node: fx.Node) -> None:
-    """Where a variant that was just given `node` multiplies the channels by it, take the entries that are kept."""
+    """Take the kept entries of `node`, just copied, where a variant multiplies the channels by it."""
     assert gate.of.channel_units is not None
     factor = next((f for f in gate.of.channel_units.factors if f.node == node.name), None)
     if factor is not None:

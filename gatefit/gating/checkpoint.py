@@ -133,7 +133,7 @@ def record_file(folder: Path, name: str) -> None:
 
 
 def _written(reference: ModelReference | None, folder: Path) -> dict[str, Any] | None:
-    """A reference as `config.json` keeps it: one that needs no network, its file as seen from the folder."""
+    """Write a reference as `config.json` keeps it: one that needs no network, its file as seen from the folder."""
     if reference is None:
         return None
     written = asdict(from_registry(reference))
@@ -190,7 +190,7 @@ def _architecture(gated: fx.GraphModule) -> str:
 
 
 def _architecture_of_format_1(gated: fx.GraphModule) -> str:
-    """The digest that format 1 kept, which hung on the names of its time."""
+    """Compute the digest that format 1 kept, which hung on the names of its time."""
     text = f"{gated.code}{gated}"
     for now, then in (
         ("gatefit_graph_ops_", "gatefit_gates_"),

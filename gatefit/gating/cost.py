@@ -31,7 +31,7 @@ class BlockCost:
 
     @property
     def branch(self) -> int:
-        """The whole branch, dense."""
+        """Add up the MACs of the whole branch, dense."""
         return self.fixed + self.scaled + self.first
 
 
@@ -46,12 +46,12 @@ class GateCosts:
 
     @property
     def dense(self) -> int:
-        """MACs of the original network."""
+        """Add up the MACs of the original network."""
         return self.base + sum(b.branch for b in self.blocks)
 
     @property
     def parents(self) -> dict[str, str | None]:
-        """Each block and the block in whose branch it lies, outer blocks first."""
+        """Name each block and the block in whose branch it lies, outer blocks first."""
         return {b.name: b.parent for b in self.blocks}
 
     def per_image(self, decisions: Decisions, placement: Placement = "sequential") -> Tensor:
@@ -127,7 +127,7 @@ def costs_of(gated: fx.GraphModule, image_shape: tuple[int, ...]) -> GateCosts:
 
 
 def _depth(name: str, parents: dict[str, str | None]) -> int:
-    """In how many other blocks' branches a block lies."""
+    """Count the other blocks in whose branches a block lies."""
     parent = parents[name]
     return 0 if parent is None else 1 + _depth(parent, parents)
 

@@ -77,7 +77,7 @@ class Gate(nn.Module):
     """
 
     threshold: Tensor
-    """How far each pre-activation was lowered since the start, (units,) float; only with a compensation."""
+    """How far each pre-activation was moved down since the initialisation, (units,) float; only with a compensation."""
 
     def __init__(
         self, of: ResidualBlock, gates: str = "lc", form: GateForm = "relu1", compensation: bool = False
@@ -97,12 +97,12 @@ class Gate(nn.Module):
 
     @property
     def layers(self) -> list[nn.Linear]:
-        """The layers of L-Net and C-Net, which learn at a rate of their own (`gate_lr`)."""
+        """List the layers of L-Net and C-Net, which learn at a rate of their own (`gate_lr`)."""
         return [fc for fc in (self.block, self.channel) if fc is not None]
 
     @property
     def macs(self) -> int:
-        """MACs of the gate itself, per image."""
+        """Count the MACs of the gate itself, per image."""
         compensations = [] if self.compensation is None else [self.compensation]
         return sum(fc.in_features * fc.out_features for fc in self.layers + compensations)
 
@@ -182,7 +182,7 @@ def _linear(fc: nn.Linear, x: Tensor) -> Tensor:
 
 
 def gates_of(gated: nn.Module) -> dict[str, Gate]:
-    """The gates of a retrofitted network by block name, in order of execution.
+    """Find the gates of a retrofitted network by block name, in order of execution.
 
     Raises:
         GatefitError: the network has none.
@@ -204,7 +204,7 @@ def before_gates(gated: nn.Module, images: Tensor, call: Callable[[Gate, tuple[T
 
 
 def outputs_of(gated: nn.Module) -> Iterator[tuple[Gate, GateOutputs]]:
-    """Each gate of `gated` with what it computed in the last forward.
+    """Give each gate of `gated` with what it computed in the last forward.
 
     Raises:
         GatefitError: no forward has been run.

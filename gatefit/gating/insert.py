@@ -97,7 +97,7 @@ def rewrite(
 
 
 def no_block_message(model: str, found: FoundBlocks) -> str:
-    """One line that says why a network cannot be gated."""
+    """Say in one line why a network cannot be gated."""
     if not found.skipped:
         return f"{model} has no residual block to gate: there is not one addition of two tensors in it"
     shown = "; ".join(f"{s.node}: {s.reason}" for s in found.skipped[:3])
@@ -106,7 +106,7 @@ def no_block_message(model: str, found: FoundBlocks) -> str:
 
 
 def default_example(model: nn.Module, batch: int = 2) -> Tensor:
-    """An example without data, (batch, *input size of the network), see `gatefit.inputs.models.input_spec`."""
+    """Make an example without data, (batch, *input size of the network), see `gatefit.inputs.models.input_spec`."""
     return torch.zeros(batch, *input_spec(model).shape, device="meta")
 
 

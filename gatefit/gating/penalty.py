@@ -36,7 +36,7 @@ def salience_penalty(gated: nn.Module, weighting: Weighting = "macs") -> Tensor:
 
 
 def unit_weights(gated: nn.Module) -> dict[str, tuple[float, float]]:
-    """By block: the MACs of the whole block and of one channel unit, relative to the network's mean unit."""
+    """Weigh the whole block and one channel unit of each block by their MACs, relative to the network's mean unit."""
     gates = gates_of(gated).values()
     units = sum(g.of.units for g in gates if g.channel is not None)
     mean = sum(_scaled(g) for g in gates) / units if units else sum(g.of.macs for g in gates) / len(gates)

@@ -2,7 +2,7 @@
 
 Two runs of the network stand side by side on the same images, one as if every gate were open (the original), one
 gated. Where a convolution or linear layer of the gated run reads other values than the original's, its weights
-move to the ridge regression that gives the original's outputs best, and those of a fill with them. Layers are
+move to the ridge regression that gives the original's outputs best, and those of the compensation with them. Layers are
 taken in order, so each sees what the repaired ones before it give. No labels, no learning rate.
 (After channel pruning by least squares, He et al., arXiv 1707.06168; here the masks differ from image to image.)
 """
@@ -31,7 +31,7 @@ LIVE = 4
 
 
 def images_that_fit(gated: fx.GraphModule) -> int:
-    """How many images `reconstruct` can hold at once."""
+    """Tell how many images `reconstruct` can hold at once."""
     shapes = [s for n in gated.graph.nodes if (s := shape_of(n)) is not None and len(s) > 1]
     return max(1, MEMORY // (4 * LIVE * max(math.prod(s[1:]) for s in shapes)))
 
@@ -109,7 +109,7 @@ class _Runs:
 
 
 def _same(some: list[Any], others: list[Any]) -> bool:
-    """Whether a gate gave the same in both runs."""
+    """Tell whether a gate gave the same in both runs."""
     pairs = ((a, b) for x, y in zip(some, others, strict=True) for a, b in zip(x, y, strict=True))
     return all(a is b or torch.equal(a, b) for a, b in pairs)
 
@@ -151,7 +151,7 @@ def _reconstruct_layer(gated: fx.GraphModule, node: fx.Node, layer: Any, runs: _
 
 
 def _compensation(gated: fx.GraphModule, added: fx.Node, runs: _Runs) -> tuple[nn.Linear, list[Tensor]]:
-    """The fill that `added` is the output of, and what it reads on each batch."""
+    """Find the compensation that `added` is the output of, and what it reads on each batch."""
     call = added.all_input_nodes[0]
     gate = module_of(gated, call)
     assert isinstance(gate, Gate) and gate.compensation is not None
@@ -159,7 +159,7 @@ def _compensation(gated: fx.GraphModule, added: fx.Node, runs: _Runs) -> tuple[n
 
 
 def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
-    """What each output position reads: (B, inputs, positions)."""
+    """Unfold what each output position reads: (B, inputs, positions)."""
     if isinstance(layer, nn.Conv2d):
         assert not isinstance(layer.padding, str)
         return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)

@@ -21,6 +21,6 @@ _NAMES: dict[Any, str] = {kind: name for name, kind in PLAIN.items() if name != 
 
 
 def activation_of(network: fx.GraphModule, node: fx.Node) -> str | None:
-    """The key of `PLAIN` for an activation, None for another node."""
+    """Give the key of `PLAIN` for an activation, None for another node."""
     module = module_of(network, node)
     return _NAMES.get(node.target if module is None else type(module))

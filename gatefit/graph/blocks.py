@@ -94,7 +94,11 @@ class ChannelUnits:
 
 @dataclass(frozen=True)
 class ResidualBlock:
-    """One residual branch: x -> branch(x), added to x or to a short projection of it."""
+    """One residual branch: x -> branch(x), added to x or to a short projection of it.
+
+    Example: in y = x + conv2(relu(conv1(x))) the block has the entry x, the branch conv1, relu, conv2, the output
+    conv2 and the addition y. Removing conv2 would kill all three nodes and nothing else, so the branch can be skipped.
+    """
 
     name: str
     add: str
@@ -125,7 +129,7 @@ class ResidualBlock:
 
     @property
     def macs(self) -> int:
-        """MACs per image of the whole branch, all of which the block gate skips."""
+        """Add up the MACs per image of the whole branch, all of which the block gate skips."""
         return sum(layer.macs for layer in self.layers)
 
 
@@ -148,12 +152,12 @@ class FoundBlocks:
 
     @property
     def block_share(self) -> float:
-        """Share of the MACs that stands in residual branches."""
+        """Compute the share of the MACs that stands in residual branches."""
         return sum(b.macs for b in self.blocks) / max(1, self.macs)
 
     @property
     def channel_share(self) -> float:
-        """Share of the MACs that shrinks with the open channels."""
+        """Compute the share of the MACs that shrinks with the open channels."""
         return sum(x.macs for b in self.blocks for x in b.layers if x.scaled) / max(1, self.macs)
 
 
@@ -241,7 +245,7 @@ def _cone(output: fx.Node, only_user: fx.Node) -> list[fx.Node]:
 
 
 def _match(add: fx.Node, facts: _Facts) -> _Match | str:
-    """The residual branch of one add, or the reason why there is none."""
+    """Match the residual branch of one addition, or give the reason why there is none."""
     sides = [a for a in add.args if isinstance(a, fx.Node)]
     if len(set(sides)) < 2:
         return "both sides are the same tensor"
@@ -321,7 +325,7 @@ def _depth(cone: list[fx.Node] | tuple[fx.Node, ...], macs: dict[fx.Node, int]) 
 def _unique_name(
     traced: fx.GraphModule, add: fx.Node, cone: tuple[fx.Node, ...], macs: dict[fx.Node, int], taken: set[str]
 ) -> str:
-    """The module in whose forward the add stands; if that has several, the branch's sub-module is added."""
+    """Name a block by the module in whose forward it adds; if that adds more than once, add the branch's sub-module."""
     module_path = path_of(add)
     if module_path and module_path not in taken and _adds_at(traced, module_path) == 1:
         return module_path

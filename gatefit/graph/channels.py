@@ -70,7 +70,14 @@ def with_channel_units(traced: fx.GraphModule, found: FoundBlocks) -> FoundBlock
 
 
 def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
-    """Units of the first layer that saves half of what the best one would; followed to the end, or at least rows."""
+    """Try each layer as the gated one. Return the block with the first that saves half the MACs of the best candidate.
+
+    If the channels of a convolution cannot be traced to all readers, save only its own output rows.
+
+    Example: in conv1 (3x3, 16 to 32 channels) -> relu -> conv2 (3x3, 32 to 16 channels), closing a channel of conv1
+    also saves a column of conv2. So conv1 is the gated layer, with 32 units. Their mask stands behind the ReLU, which
+    keeps 0 at 0, and conv2 is their consumer.
+    """
     macs = {layer.name: layer.macs for layer in block.layers}
     reasons: list[str] = []
     found: list[tuple[int, ChannelUnits]] = []
@@ -103,7 +110,7 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
 def _units_from(
     traced: fx.GraphModule, block: ResidualBlock, start: fx.Node, module: nn.Module, lenient: bool
 ) -> ChannelUnits:
-    """The channel units of one block with the outputs of layer `start` as channels."""
+    """Trace the outputs of layer `start` to all their readers, as the channel units of a block."""
     _check_called_once(traced, start)
     _check_plain(module)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -274,7 +281,7 @@ def _claim_norm(walk: _Walk, node: fx.Node, module: nn.Module, axis: int) -> Non
 
 
 def _keeps_zero(module: nn.Module) -> bool | None:
-    """Whether a module that works element by element maps 0 to 0; None if it may not be one."""
+    """Tell whether a module that works element by element maps 0 to 0; None if it may not be one."""
     if isinstance(module, _ZERO_LOSING):
         return False
     if isinstance(module, _ZERO_KEEPING):
@@ -304,7 +311,7 @@ def _only_consumer(walk: _Walk, masked: set[fx.Node]) -> Consumer | None:
 
 
 def _factors(walk: _Walk) -> Iterator[Factor]:
-    """What the channels are multiplied by, such as the weights of a squeeze-and-excitation."""
+    """Find what the channels are multiplied by, such as the weights of a squeeze-and-excitation."""
     for node, (axis, wide) in sorted(walk.aligned.items()):
         for source in node.all_input_nodes if node.target in _PRODUCTS else ():
             shape = shape_of(source)
@@ -313,7 +320,7 @@ def _factors(walk: _Walk) -> Iterator[Factor]:
 
 
 def _mask_nodes(walk: _Walk, start: fx.Node) -> list[fx.Node]:
-    """The nodes after which zero stays zero on every way to a consumer, moved behind activations."""
+    """Find the nodes after which zero stays zero on every path to a consumer, moved behind activations."""
     safe: dict[fx.Node, bool] = {}
     for node in sorted(walk.aligned, reverse=True):
         safe[node] = all(
@@ -335,7 +342,7 @@ def _mask_nodes(walk: _Walk, start: fx.Node) -> list[fx.Node]:
 
 
 def _masks_at_readers(walk: _Walk) -> list[fx.Node]:
-    """A mask before every consumer that zero does not reach from an earlier mask."""
+    """Put a mask before every consumer that zero does not reach from an earlier mask."""
     masks: list[fx.Node] = []
     zero: set[fx.Node] = set()
     for node in sorted(walk.aligned):
@@ -348,7 +355,7 @@ def _masks_at_readers(walk: _Walk) -> list[fx.Node]:
 
 
 def _behind(walk: _Walk, masks: list[fx.Node]) -> set[fx.Node]:
-    """The aligned nodes that an earlier mask has scaled already."""
+    """Find the aligned nodes that an earlier mask has scaled already."""
     behind: set[fx.Node] = set()
     for node in sorted(walk.aligned):
         if any((s, node) in walk.keeps_zero and (s in behind or s in masks) for s in node.all_input_nodes):

@@ -32,7 +32,7 @@ def fold_batch_norms(model: nn.Module, example: Tensor | None = None) -> fx.Grap
 
 @torch.no_grad()
 def fold_in_place(traced: fx.GraphModule) -> fx.GraphModule:
-    """`fold_batch_norms` for a graph in eval mode; a fill between convolution and norm is scaled like its rows."""
+    """`fold_batch_norms` for a graph in eval mode; a compensation in between is scaled like its rows."""
     calls = call_counts(traced)
 
     def once(node: fx.Node) -> bool:
@@ -70,5 +70,5 @@ def fold_in_place(traced: fx.GraphModule) -> fx.GraphModule:
 
 
 def _exactly(module: nn.Module | None, types: tuple[type[nn.Module], ...]) -> Any:
-    """The module if it is of one of `types`, not of a subclass, which may compute something else."""
+    """Give the module if it is of one of `types`, not of a subclass, which may compute something else."""
     return module if type(module) in types else None

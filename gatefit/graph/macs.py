@@ -9,7 +9,7 @@ from gatefit.graph.trace import module_of, shape_of
 
 
 def node_macs(traced: fx.GraphModule, node: fx.Node) -> int:
-    """MACs per image of one node: those of a convolution or linear layer, 0 for all else.
+    """Count the MACs per image of one node: those of a convolution or linear layer, 0 for all else.
 
     Functional calls of either count too; products of two activations, as in attention, do not.
     """
@@ -35,7 +35,7 @@ def node_macs(traced: fx.GraphModule, node: fx.Node) -> int:
 
 
 def _weight_of(call: fx.Node) -> object:
-    """The second argument of F.linear or F.conv, by position or by name."""
+    """Give the second argument of F.linear or F.conv, by position or by name."""
     return call.args[1] if len(call.args) > 1 else call.kwargs.get("weight")
 
 

@@ -18,7 +18,7 @@ def harden(salience: Tensor) -> Tensor:
 
 
 def add_compensation(value: Tensor, compensation: Tensor, axis: int) -> Tensor:
-    """Add a fill (B, channels) to every position of `value` (B, ...), whose channels stand on `axis`."""
+    """Add a compensation (B, channels) to every position of `value` (B, ...), whose channels stand on `axis`."""
     shape = [value.shape[0]] + [1] * (value.dim() - 1)
     shape[axis] = compensation.shape[1]
     return value + compensation.view(shape).to(value.dtype)

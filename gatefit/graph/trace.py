@@ -70,7 +70,7 @@ def _out_of_place(network: Network) -> Network:
 
 
 def _on_meta(network: Network) -> Network:
-    """A deep copy on the meta device; the weights are not copied on the way there."""
+    """Make a deep copy on the meta device, without copying the weights first."""
     replaced: dict[int, Any] = {}
     for tensor in (*network.parameters(), *network.buffers()):
         empty = torch.empty_like(tensor, device="meta")
@@ -112,7 +112,7 @@ def shape_of(node: object) -> torch.Size | None:
 
 
 def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The module that a call_module node calls, else None."""
+    """Give the module that a call_module node calls, else None."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
@@ -122,7 +122,7 @@ def call_counts(traced: fx.GraphModule) -> Counter[str]:
 
 
 def reads_size(node: fx.Node) -> bool:
-    """Whether a node asks a tensor for its size only, not for its values."""
+    """Tell whether a node asks a tensor for its size only, not for its values."""
     return node.target in (getattr, "size", "dim") and shape_of(node) is None
 
 
@@ -202,7 +202,7 @@ def _modularise_dropout(traced: fx.GraphModule) -> None:
 
 
 def _keep_unused_state(traced: fx.GraphModule, root: nn.Module) -> None:
-    """A GraphModule holds what its graph uses; keep all other state, so that the keys stay the same."""
+    """Keep the state that the graph does not use, which a GraphModule drops, so that the keys stay the same."""
     held = {*dict(traced.named_parameters(remove_duplicate=False)), *dict(traced.named_buffers(remove_duplicate=False))}
     for owner_name, owner in root.named_modules(remove_duplicate=False):
         own = [*owner._parameters.items(), *owner._buffers.items()]

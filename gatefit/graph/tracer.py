@@ -56,7 +56,7 @@ class ShapeTracer(fx.Tracer):
         return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is kept as one node."""
+        """Tell whether a module is kept as one node."""
         if super().is_leaf_module(m, module_qualified_name) or isinstance(m, WEIGHTED):
             return True
         if any(isinstance(s, WEIGHTED) for s in m.modules()):
@@ -196,18 +196,18 @@ class _ShapedProxy(fx.Proxy):
         return _ShapedAttribute(self, k)
 
     def size(self, dim: int | None = None) -> Any:
-        """As Tensor.size."""
+        """Do as Tensor.size."""
         if not isinstance(self._value, Tensor):
             return self.tracer.create_proxy("call_method", "size", (self,) if dim is None else (self, dim), {})
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> Any:
-        """As Tensor.dim."""
+        """Do as Tensor.dim."""
         value = self._value
         return value.dim() if isinstance(value, Tensor) else self.tracer.create_proxy("call_method", "dim", (self,), {})
 
     def numel(self) -> Any:
-        """As Tensor.numel."""
+        """Do as Tensor.numel."""
         if not isinstance(self._value, Tensor):
             return self.tracer.create_proxy("call_method", "numel", (self,), {})
         return prod(self.shape)
@@ -307,13 +307,13 @@ class _Real(float):
 
     @property
     def _is_quotient(self) -> bool:
-        """Whether rounding it is a whole division, which remembers its node again."""
+        """Tell whether rounding it is a whole division, which remembers its node again."""
         kinds = [isinstance(a, of) for a, of in zip(self.arguments, (Size, int), strict=False)]
         return self.function is operator.truediv and all(kinds)
 
     @property
     def tracer(self) -> ShapeTracer:
-        """That records its sizes."""
+        """Give the tracer that records its sizes."""
         tracer: ShapeTracer = next(a.tracer for a in self.arguments if isinstance(a, Size | _Real))
         return tracer
 
@@ -335,7 +335,7 @@ def _plain(number: Any) -> Any:
 
 
 def _real(name: str, function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-    """A method of Size or _Real whose result is no integer."""
+    """Make a method of Size or _Real whose result is no integer."""
     swapped = name.startswith("__r")
 
     def method(self: Any, other: Any) -> Any:
@@ -384,7 +384,7 @@ def _whole(number: Size | _Real) -> Size:
 
 
 def _number(plain: type, recorded: Callable[[Any], Any]) -> type:
-    """What stands for the type `plain`: the same, but for sizes and what is computed from them."""
+    """Make a type that stands for `plain`: the same, but for sizes and what is computed from them."""
 
     class Kind(type):
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:

@@ -51,24 +51,24 @@ class ImageSet:
         return self.count
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, H, W) uint8, labels (B,) (-1: none) and indices (B,)."""
+        """Read images (B, 3, H, W) uint8, labels (B,) (-1: none) and indices (B,)."""
         index = torch.as_tensor(indices)
         images = self.resident[index] if self.resident is not None else torch.stack([self.read(i) for i in indices])
         labels = self.labels[index] if self.labels is not None else torch.full_like(index, -1)
         return images, labels, index
 
     def fits(self, outputs: int) -> bool:
-        """Whether there are labels for a network with that many outputs."""
+        """Tell whether there are labels for a network with that many outputs."""
         if self.labels is None:
             return False
         return len(self.classes) == outputs if self.classes else int(self.labels.max()) < outputs
 
     def unlabelled(self) -> "ImageSet":
-        """The same images without labels."""
+        """Give the same images without labels."""
         return replace(self, labels=None, classes=())
 
     def select(self, indices: Tensor) -> "ImageSet":
-        """The images at `indices`."""
+        """Give the images at `indices`, (n,) int64."""
         chosen = indices.tolist()
         return replace(
             self,
@@ -87,7 +87,7 @@ class Splits:
     test: ImageSet
 
     def unlabelled(self) -> "Splits":
-        """The same images without labels."""
+        """Give the same images without labels."""
         return Splits(self.train.unlabelled(), self.test.unlabelled())
 
 
@@ -248,7 +248,7 @@ def _from_timm(name: str, spec: InputSpec, corrupt: str, limit: int) -> Splits:
 
 
 def _streamed(name: str, dataset: Iterable[tuple[Image.Image, int]], spec: InputSpec, limit: int) -> ImageSet:
-    """What a stream gives, held in memory: training needs its images in any order."""
+    """Hold what a stream gives in memory: training needs its images in any order."""
     most = RESIDENT_BYTES // (3 * spec.shape[1] * spec.shape[2])
     images: list[Tensor] = []
     labels: list[int] = []
@@ -280,7 +280,7 @@ def _folder_files(root: Path) -> Files:
 
 
 def _tar_files(path: Path) -> tuple[list[tuple[tuple[str, ...], Any]], Callable[[Any], Image.Image]]:
-    """The images of a tar, read in place by their offsets; a single top folder is looked into."""
+    """List the images of a tar, read in place by their offsets; look into a single top folder."""
     try:
         with tarfile.open(path) as archive:
             members = [m for m in archive if m.isfile() and PurePosixPath(m.name).suffix.lower() in EXTENSIONS]

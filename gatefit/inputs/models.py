@@ -34,7 +34,7 @@ class ModelReference:
 
     @property
     def on_hub(self) -> bool:
-        """Whether timm takes it from the Hugging Face Hub."""
+        """Tell whether timm takes it from the Hugging Face Hub."""
         return self.source == "timm" and self.name.startswith(HUB)
 
     def __str__(self) -> str:
@@ -144,7 +144,7 @@ def from_registry(reference: ModelReference) -> ModelReference:
 
 
 def skeleton(reference: ModelReference) -> nn.Module:
-    """A network without numbers in it, on the meta device; or where it cannot be built there, as `build` gives it."""
+    """Build a network without numbers in it, on the meta device; or where it cannot be built there, as `build` does."""
     try:
         with torch.device("meta"):
             return build(reference)
@@ -153,7 +153,7 @@ def skeleton(reference: ModelReference) -> nn.Module:
 
 
 def recognise(model: nn.Module) -> ModelReference | None:
-    """The reference that builds a network of this one's keys and shapes, if timm or torchvision has it."""
+    """Find the reference that builds a network of this one's keys and shapes, if timm or torchvision has it."""
     home = type(model).__module__
     candidates: list[ModelReference] = []
     if home.startswith("timm."):
@@ -238,7 +238,7 @@ def input_spec(model: nn.Module, image_size: int | None = None) -> InputSpec:
 
 @torch.no_grad()
 def output_count(model: nn.Module, spec: InputSpec) -> int:
-    """Number of classes that a network tells apart.
+    """Count the classes that a network tells apart.
 
     Raises:
         ModelError: it does not take images of that size, or does not return logits (B, classes).

@@ -63,7 +63,7 @@ class Evaluation:
 
     @property
     def share(self) -> float:
-        """Share of the dense MACs that ran (sequential)."""
+        """Compute the share of the dense MACs that ran (sequential)."""
         return self.macs_sequential / self.dense_macs
 
 

@@ -42,7 +42,7 @@ class Objective(nn.Module):
         self.weight = 0.0 if teacher is None else settings.weight if labelled else 1.0
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, a scalar, and the predictions, (B, classes), for images (B, C, H, W) and labels (B,)."""
+        """Compute the loss, a scalar, and the predictions, (B, classes), for images (B, C, H, W) and labels (B,)."""
         logits, outputs = self.student(x)
         loss = logits.new_zeros((), dtype=torch.float32)
         if self.weight < 1:
@@ -101,7 +101,7 @@ class _PredictionsOnly(nn.Module):
 
 
 def with_outputs_of(network: nn.Module, blocks: tuple[str, ...]) -> nn.Module:
-    """A network that shares the modules of `network` and returns its result and the values of some nodes."""
+    """Make a network that shares the modules of `network` and returns its result and the values of some nodes."""
     if not isinstance(network, fx.GraphModule):
         return _PredictionsOnly(network)
     graph = fx.Graph()

@@ -225,7 +225,7 @@ class Trainer:
         return loss, right
 
     def _set_rates(self, step: int) -> None:
-        """A short warm-up and a cosine to zero, or the paper's drops."""
+        """Set the rates: a short warm-up and a cosine to zero, or the paper's drops."""
         warm = min(1.0, (step + 1) / max(1.0, 0.1 * self.steps))
         factor = warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         if self.settings.drop_every:

@@ -37,7 +37,7 @@ class Section:
     picture: bytes = b""
 
     def with_picture(self, picture: bytes) -> "Section":
-        """The same with its picture, a PNG."""
+        """Give the same section with its picture, a PNG."""
         return replace(self, picture=picture)
 
 
@@ -50,7 +50,7 @@ def png(figure: Figure) -> bytes:
 
 
 def render(name: str, report: dict[str, Any], sections: list[Section]) -> str:
-    """The whole page, which needs no other file."""
+    """Render the whole page, which needs no other file."""
     title = html.escape(f"{name}: {without_folders(report['model'])}")
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>",

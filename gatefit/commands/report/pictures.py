@@ -36,7 +36,7 @@ PUBLISHED = {
 
 
 def accuracy_against_macs(result: Result, others: list[Result]) -> Figure:
-    """The dense network, this result, others, and what the paper published on the same data."""
+    """Draw the dense network, this result, others, and what the paper published on the same data."""
     figure, axes = _figure(8, 4.6)
     _original(axes, result, "black", "original")
     names = _names([result, *others])
@@ -69,7 +69,7 @@ def accuracy_against_macs(result: Result, others: list[Result]) -> Figure:
 
 
 def _names(results: list[Result]) -> list[str]:
-    """What tells results apart: their folders' names, the data where it is other than the first one's, a number."""
+    """Name results apart by their folders' names, the data where it is other than the first one's, a number."""
     data = [_data_name(r) for r in results]
     names = [r.name + (f" (on {d})" if d != data[0] else "") for r, d in zip(results, data, strict=True)]
     return [n if names.count(n) == 1 else f"{n}, {names[: i + 1].count(n)}" for i, n in enumerate(names)]
@@ -95,7 +95,7 @@ def _published(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
 
 
 def histogram(evaluation: Evaluation) -> Figure:
-    """How many images take how many MACs."""
+    """Draw how many images take how many MACs."""
     figure, axes = _figure(8, 3.2)
     macs = evaluation.macs / 1e6
     low, high = float(macs.min()), float(macs.max())
@@ -111,7 +111,7 @@ def histogram(evaluation: Evaluation) -> Figure:
 
 
 def extremes(evaluation: Evaluation, images: ImageSet) -> Figure:
-    """The images with the fewest MACs, above, and with the most, below."""
+    """Draw the images with the fewest MACs, above, and with the most, below."""
     order = evaluation.macs.argsort(stable=True).tolist()
     row = min(ROW, max(1, len(order) // 2))
     figure = Figure(figsize=(9, 3.3), layout="constrained")
@@ -151,7 +151,7 @@ def lives(evaluation: Evaluation) -> Figure:
 
 
 def are_skipped(evaluation: Evaluation) -> bool:
-    """Whether some image skips some block whole."""
+    """Tell whether some image skips some block whole."""
     return any(bool((~mask[:, 0]).any()) for mask in evaluation.masks.values())
 
 
@@ -183,7 +183,7 @@ def channels_by_class(evaluation: Evaluation, labels: Tensor, classes: tuple[str
 
 
 def most_varied(evaluation: Evaluation) -> str:
-    """The block whose units differ most from image to image; empty: there are no units."""
+    """Find the block whose units differ most from image to image; empty: there are no units."""
     units = {name: mask[:, 1:].float() for name, mask in evaluation.masks.items() if mask.shape[1] > 1}
     spread = {name: float(mask.var(0, correction=0).mean()) for name, mask in units.items()}
     return max(spread, key=spread.__getitem__) if spread else ""
@@ -210,7 +210,7 @@ def training(history: list[dict[str, Any]]) -> Figure:
 
 
 def time(rows: list[dict[str, Any]]) -> Figure:
-    """Share of the MACs beside share of the time, for each engine and batch size."""
+    """Draw the share of the MACs beside the share of the time, for each engine and batch size."""
     figure, axes = _figure(8, 1.2 + 0.5 * len(rows))
     positions = range(len(rows))
     axes.barh([p - 0.2 for p in positions], [r["macs_share"] for r in rows], 0.38, color=BLUE, label="share of MACs")
@@ -254,7 +254,7 @@ def _block_ticks(axes: Axes, names: list[str]) -> None:
 
 
 def _class_ticks(axis: Any, present: list[int], classes: tuple[str, ...]) -> None:
-    """The names of up to 24 classes; of more, their numbers, and not all."""
+    """Label up to 24 classes by name; more by number, and not all."""
     if len(present) > 24:
         axis.set_major_locator(MaxNLocator(12, integer=True))
         axis.set_major_formatter(lambda at, _: str(present[int(at)]) if 0 <= at < len(present) else "")
@@ -285,5 +285,5 @@ def _open(evaluation: Evaluation) -> list[float]:
 
 
 def _units(mask: Tensor) -> Tensor:
-    """The columns of the units, closed where the block is; of a block without units, the column of the block."""
+    """Give the columns of the units, closed where the block is; of a block without units, the column of the block."""
     return mask[:, 1:] if mask.shape[1] > 1 else mask

@@ -29,7 +29,7 @@ class Result:
 
 
 def read_result(folder: Path) -> Result:
-    """What `convert` and `bench` wrote into `folder`.
+    """Read what `convert` and `bench` wrote into `folder`.
 
     Raises:
         CheckpointError: there is no report.json, or one of the two is damaged or of another program.

@@ -56,7 +56,7 @@ def _write_bytes(data: bytes, file: Path) -> None:
 def _sections(
     result: Result, others: list[Result], evaluation: Evaluation, images: ImageSet, block: str
 ) -> list[tuple[Section, Figure | None]]:
-    """Each part of the page with its picture, or with a word on why there is none."""
+    """Give each part of the page with its picture, or with a word on why there is none."""
     labels, classes = evaluation.labels, images.classes
     chosen = block or pictures.most_varied(evaluation)
     meaning = "No block is ever skipped whole: mean share of each block's channels that the images of a class open."
