@@ -11,7 +11,11 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ("convert_in_python.py", r"-> 0\.9\d+ at 0\.[56]\d+ of the MACs(.|\n)*loaded again: True"),
+        pytest.param(
+            "convert_in_python.py",
+            r"-> 0\.9\d+ at 0\.[56]\d+ of the MACs(.|\n)*loaded again: True",
+            marks=pytest.mark.slow,
+        ),
         ("own_training.py", r"-> 0\.[89]\d+ at 0\.[0-8]\d+ of the MACs"),
         ("saliences.py", r"layer3.0 runs at 0\.\d+, [1-5]?\d of 64 channels open"),
     ],

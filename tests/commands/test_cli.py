@@ -38,6 +38,7 @@ flip = false
 [closing]
 target = 0.7
 bn_recalibration_images = 500
+gate_reinits = 1
 """
 
 
@@ -270,7 +271,7 @@ def test_any_seed_and_odd_names(recipe, tmp_path):
 
 
 def test_nan_leaves_nothing(recipe, tmp_path):
-    recipe.write_text(recipe.read_text() + "lr = 1e12\n")
+    recipe.write_text(recipe.read_text().replace("[finetune]\n", "[finetune]\nlr = 1e12\n"))
     assert "not finite" in refused("convert", "--recipe", recipe, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -408,6 +409,7 @@ def test_a_folder_that_cannot_be_written(recipe, tmp_path):
     assert "cannot be written" in refused("convert", "--recipe", recipe, "--out", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_launched_by_accelerate(recipe, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip

@@ -245,9 +245,9 @@ def test_trackers_that_are_not_there_are_refused_first(fake, ran, name, message)
 
 
 def test_a_target_that_is_set_replaces_the_recipes_l1():
-    recipe = with_settings(Recipe(), ["finetune.l1=0.1"])
-    assert recipe.finetune.l1 == 0.1
-    recipe = with_settings(recipe, ["finetune.target=0.5"])
-    assert (recipe.finetune.l1, recipe.finetune.target) == (None, 0.5)
+    recipe = with_settings(Recipe(), ["closing.l1=0.1"])
+    assert recipe.closing.l1 == 0.1
+    recipe = with_settings(recipe, ["closing.target=0.5"])
+    assert (recipe.closing.l1, recipe.closing.target) == (None, 0.5)
     with pytest.raises(RecipeError, match="not both"):
-        with_settings(recipe, ["finetune.target=0.5", "finetune.l1=0.1"])
+        with_settings(recipe, ["closing.target=0.5", "closing.l1=0.1"])

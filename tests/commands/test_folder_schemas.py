@@ -36,6 +36,7 @@ flip = false
 [closing]
 target = 0.7
 bn_recalibration_images = 200
+gate_reinits = 0
 reconstruction_images = 100
 """
 
