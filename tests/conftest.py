@@ -4,6 +4,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core to itself, and so have the processes that it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
