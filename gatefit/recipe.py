@@ -278,7 +278,8 @@ def field_docstrings(cls: type) -> dict[str, str]:
 
 
 def _with_new_keys(table: dict[str, Any]) -> dict[str, Any]:
-    """Move settings with the keys of gatefit 0.1 to their new keys, with a note each."""
+    """Move settings with the keys of gatefit 0.1 to their new keys, with one note."""
+    notes: list[str] = []
     moved = {k: dict(v) if isinstance(v, dict) else v for k, v in table.items()}
     for old, new in RENAMED.items():
         (old_part, old_key), (part, key) = old.split("."), new.split(".")
@@ -290,7 +291,9 @@ def _with_new_keys(table: dict[str, Any]) -> dict[str, Any]:
             if key in into:
                 raise RecipeError(f"recipe keys '{old}' and '{new}' are the same setting; keep '{new}'")
             into[key] = given.pop(old_key)
-            warnings.warn(f"recipe key '{old}' is now called '{new}'", FutureWarning, stacklevel=3)
+            notes.append(f"'{old}' is now called '{new}'")
+    if notes:
+        warnings.warn(f"recipe key{'s' * (len(notes) > 1)} {', '.join(notes)}", FutureWarning, stacklevel=3)
     return moved
 
 
