@@ -70,6 +70,8 @@ def parse_reference(text: str, base: Path | None = None) -> ModelReference:
         if not file.is_file():
             raise ModelError(f"no file '{file}' for the model '{text}'")
         return ModelReference("file", f"{file}:{function}")
+    if text.endswith(".py"):
+        raise ModelError(f"'{text}' is a file; name the function in it that builds the network: {text}:FUNCTION")
     source, _, name = text.rpartition("/")
     if source == "torchvision" or (not source and not timm.is_model(name) and name in _torchvision_names()):
         if name in _torchvision_names():

@@ -33,6 +33,7 @@ def test_references(text, source, name):
         ("torchvision/resnt50", "did you mean resnet50"),
         ("timm/googlenet", "no model 'timm/googlenet'"),
         ("nowhere.py:f", "no file 'nowhere.py'"),
+        ("nets/mine.py", "name the function in it that builds the network: nets/mine.py:FUNCTION"),
     ],
 )
 def test_misspelt_models(text, message):
