@@ -296,7 +296,10 @@ def check_batches(settings: FinetunePart, images: ImageSet) -> None:
             f"{settings.accumulate} passes"
         )
     if settings.batch_size > len(images):
-        raise RecipeError(f"batch size {settings.batch_size} is more than the {len(images)} training images; lower it")
+        raise RecipeError(
+            f"batch size {settings.batch_size} is more than the {len(images)} training images; lower batch_size in "
+            "the recipe's [finetune] or [baseline], such as with --set finetune.batch_size=16"
+        )
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ def test_nan_is_refused(dense, digits):
     [
         ({"target": None}, "give --l1 X or --target"),
         ({"target": 0.05}, "cannot be reached"),
-        ({"batch_size": 5000}, "more than the 1437 training images"),
+        ({"batch_size": 5000}, "1437 training images; lower .* --set finetune.batch_size=16"),
         ({"accumulate": 3}, "cannot be divided"),
         ({"penalty": "plain"}, "for gates that learn"),
     ],
