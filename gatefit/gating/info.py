@@ -36,7 +36,7 @@ def info_of(gated: fx.GraphModule) -> GatedInfo:
     Raises:
         GatefitError: `retrofit` or `load` did not make the network.
     """
-    info = gated.meta.get(_KEY)
+    info = getattr(gated, "meta", {}).get(_KEY)
     if not isinstance(info, GatedInfo):
         raise GatefitError("this network has no gates; call gatefit.retrofit(model) first")
     return info

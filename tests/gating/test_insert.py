@@ -19,6 +19,11 @@ from gatefit.graph.blocks import MaskPoint
 KINDS = list(itertools.product(["lc", "l", "c"], [False, True]))
 
 
+def test_a_network_without_gates_is_refused_in_words():
+    with pytest.raises(GatefitError, match=r"has no gates; call gatefit\.retrofit"):
+        gatefit.evaluate(make("basic"), (images(4), torch.zeros(4)))
+
+
 def _conversions():
     """Each network with each kind of gates; the quick set has each network once, the kinds in turn."""
     for i, name in enumerate(GATABLE):
