@@ -111,7 +111,7 @@ def push_to_hub(
 
 def model_card(config: Config, repo_id: str) -> str:
     """Return the model card of a folder, Markdown with a YAML header: what it is, its figures, how to load it."""
-    original = config.model["name"].rpartition("/")[2] if config.model else "a network of its author's own"
+    original = config.model["name"].rpartition("/")[2] if config.model else "A network of its author's own"
     header = ModelCardData(
         library_name="gatefit",
         pipeline_tag="image-classification",

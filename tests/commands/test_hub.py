@@ -118,6 +118,11 @@ def test_a_card_without_figures_shows_no_table(tmp_path):
     assert "|" not in ModelCard.load(tmp_path / "README.md").text
 
 
+def test_the_card_of_an_own_network_begins_with_a_capital(tmp_path):
+    gatefit.save_pretrained(gatefit.retrofit(make("basic"), images(), "c").eval(), tmp_path)
+    assert "\nA network of its author's own with gates, made by gatefit" in (tmp_path / "README.md").read_text()
+
+
 def test_what_is_not_known_is_a_dash():
     table = hub._figures_table(Figures("", 10, None, None, 50.0, 0.5, None, 100))
     assert "| gated | - | 0.00 M | 50.00 % |" in table and "the answer is" not in table
