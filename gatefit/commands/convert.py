@@ -63,6 +63,8 @@ def convert(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnP
         GatefitError: whatever the user can mend; nothing half-written is left behind. What a training had saved
             before something else than itself went wrong stays, and `resume` takes it up.
     """
+    if not recipe.model.name:
+        raise RecipeError("no model: name one on the command line or in the recipe's [model]")
     check_folder(recipe, out, resume)
     check_closing(recipe.closing)
     run = _Run(recipe, out, resume, PartialState().is_main_process, on_progress)
@@ -120,8 +122,6 @@ def prepare(run: _Run) -> _Inputs:
     """Build the network with its weights, read the images, and decide whether the labels fit."""
     recipe = run.recipe
     part = recipe.model
-    if not part.name:
-        raise RecipeError("no model: name one on the command line or in the recipe's [model]")
     if part.pretrained and part.weights:
         raise RecipeError("give --pretrained or --weights, not both")
     trained = part.pretrained or bool(part.weights)
@@ -146,6 +146,11 @@ def prepare(run: _Run) -> _Inputs:
     if trained and not recipe.data.name:
         data = data.unlabelled()  # Imagenette's classes are not the network's
     data, labelled = _fit_labels(model, data, spec, trained, run.say)
+    if not (trained or recipe.baseline.epochs):
+        run.say(
+            "note: neither --weights nor --pretrained was given, so the network counts as untrained: it learns from "
+            "labels alone, without the original as its teacher"
+        )
     return _Inputs(reference, model, data, spec, labelled, trained)
 
 
@@ -269,7 +274,7 @@ def _fit_labels(
     if not trained:
         raise DataError(
             f"the network has {outputs} outputs, the data {classes} classes; without trained weights it "
-            "cannot learn from them: change the network's head or the data"
+            "cannot learn from them: give --weights or --pretrained, or change the network's head or the data"
         )
     has = f"{classes} classes" if classes else "no labels"
     say(f"the data has {has} for {outputs} outputs: its labels are not used, distillation alone trains")

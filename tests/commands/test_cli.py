@@ -232,6 +232,23 @@ def test_bad_input_gets_one_line_and_leaves_nothing(arguments, message, tmp_path
     assert not out.exists()
 
 
+def test_a_command_without_a_model_says_so_first(tmp_path):
+    assert "no model" in refused("convert", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("epochs", "noted"), [(0, True), (1, False)])
+def test_a_network_without_weights_counts_as_untrained_and_convert_says_so(epochs, noted, tmp_path):
+    settings = ("data.limit=64", "model.image_size=8", "finetune.batch_size=32", f"baseline.epochs={epochs}",
+                "baseline.batch_size=32", "closing.bn_recalibration_images=64")  # fmt: skip
+    options = [part for setting in settings for part in ("--set", setting)]
+    result = gatefit(
+        "convert", f"{EXAMPLE}:resnet8", "--data", "digits", "--epochs", "1", "--target", "0.8", *options,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert ("the network counts as untrained" in " ".join(result.stderr.split())) == noted
+
+
 def test_an_unknown_option_is_an_error():
     result = gatefit("convert", "resnet18", "--l2", "1")
     assert result.exit_code == 2 and "No such option" in result.stderr
@@ -243,7 +260,7 @@ def test_classes_that_do_not_fit_an_untrained_network(tmp_path):
             (tmp_path / "d" / split / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / "d" / split / name / "x.png")
     line = refused("convert", f"{EXAMPLE}:resnet8", "--data", tmp_path / "d", "--l1", "1", "--out", tmp_path / "o")
-    assert "10 outputs, the data 3 classes" in line
+    assert "10 outputs, the data 3 classes" in line and "--weights" in line
 
 
 def test_output_folders(converted, recipe, tmp_path):
