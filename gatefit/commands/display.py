@@ -163,7 +163,9 @@ def show_bench(console: Console, timings: list[Timing], rows: list[Row]) -> None
         figures = (f"{t.p50_ms:.2f}", f"{t.p95_ms:.2f}", f"{t.images_per_second:.1f}", f"{t.max_abs_diff:.1e}")
         table.add_row(what, str(t.batch), *figures, "-" if t.peak_mb is None else f"{t.peak_mb:.0f}")
     console.print(table)
-    title = "against the fastest form of the original; gates: milliseconds alone"
+    console.print("difference: largest, from the outputs due. MB: memory at its peak.")
+    console.print()
+    title = "each deployed form against the fastest form of the original"
     shares = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("engine", "batch", "fastest", "MACs", "time", "realised", "gates"):
         shares.add_column(name, justify="left" if name in ("engine", "fastest") else "right", no_wrap=True)
@@ -172,6 +174,17 @@ def show_bench(console: Console, timings: list[Timing], rows: list[Row]) -> None
         time, macs = percent(r.time_share), percent(r.macs_share)
         shares.add_row(r.engine, str(r.batch), r.dense_engine, macs, time, realised, f"{r.gates_ms:.2f}")
     console.print(shares)
+    console.print(
+        "time: below 100 % the network with gates is faster. realised: how much of the saved MACs shows on the clock, "
+        "1 where all do. gates: milliseconds of the gates alone."
+    )
+
+
+PLACEMENTS = (
+    "sequential: each gate runs before its block. parallel: beside the block's first layer, which then runs whole. "
+    "agreement: images answered as the original does."
+)
+"""What the words in the table of a report mean."""
 
 
 def show_report(console: Console, report: dict[str, Any]) -> None:
@@ -192,7 +205,8 @@ def show_report(console: Console, report: dict[str, Any]) -> None:
             percent(macs / dense["macs"]),
         )
     console.print(table)
-    blocks = Table(title="gates: mean share open", title_justify="left")
+    console.print(PLACEMENTS)
+    blocks = Table(title="gates: how far they open, as means over images", title_justify="left")
     for name in ("block", "ran the block", "channels open", "units", "always open", "never open", "masks"):
         blocks.add_column(name, justify="left" if name == "block" else "right")
     for gate in report["gates"]:
@@ -215,6 +229,7 @@ def show_histogram(console: Console, report: dict[str, Any], width: int = 40) ->
         f"MACs per image (sequential): {mega(gated['macs_min'])} to {mega(gated['macs_max'])}, "
         f"standard deviation {mega(gated['macs_std'])}; {gated['paths']} different paths"
     )
+    console.print("images by their share of the original's MACs:")
     highest = max(counts) or 1
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         bar = "█" * round(width * count / highest)

@@ -99,6 +99,8 @@ def test_evaluate_repeats_the_report(converted):
     assert again["gated"] == report["gated"] and again["dense"] == report["dense"]
     shown = gatefit("evaluate", folder)
     assert "original" in shown.stdout and "gated, parallel" in shown.stdout and "█" in shown.stdout
+    words = " ".join(shown.stdout.split())
+    assert "parallel: beside the block's first layer" in words and "share of the original's MACs:" in words
 
 
 def test_report(converted, tmp_path):
@@ -122,6 +124,7 @@ def test_deploy_and_bench(converted, tmp_path):
     folder, _ = converted
     result = gatefit("deploy", folder)
     assert result.exit_code == 0 and "blocks as deployed" in result.stdout, result.stderr
+    assert f"written: {folder / 'deployment.json'}" in result.stdout
     assert json.loads((folder / "deployment.json").read_text())["backend"] == "torch"
     assert re.search(r"an image: \d+\.\d\d ms, in the original \d+\.\d\d ms", result.stdout)
     (folder / "deployment.json").unlink()

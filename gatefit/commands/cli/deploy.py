@@ -31,7 +31,10 @@ def deploy(
         int, typer.Option(help="Largest number of masks of a block. A mask is a set of channels that run together.")
     ] = 4,
     prune_unused: Annotated[
-        bool, typer.Option("--prune-unused", help="Remove channels that no calibration image opens.")
+        bool,
+        typer.Option(
+            "--prune-unused", help="Remove channels that none of the images opens. Answers to others may change."
+        ),
     ] = False,
     harvest: Annotated[bool, typer.Option("--harvest", hidden=True)] = False,
     batch: Annotated[int, typer.Option(help="Images at once to tune for.")] = 1,
@@ -41,17 +44,22 @@ def deploy(
     out: Annotated[Path | None, typer.Option(help="The ONNX file. Default: FOLDER/model.onnx.")] = None,
     skip_corrupt: SkipCorrupt = False,
 ) -> None:
-    """Make a converted network fast: only what an image needs runs. Outputs stay the same."""
+    """Make a converted network fast: only what an image needs runs.
+
+    Outputs stay the same but for rounding, unless --prune-unused removes channels. It is written into the folder.
+    """
     with session(f"deploy {folder}") as stdout:
         if harvest:
             typer.echo("note: --harvest is now called --prune-unused", err=True)
         from rich.console import Console
 
-        from gatefit.commands.deploy import deploy_folder
+        from gatefit.commands.deploy import FILE, deploy_folder
         from gatefit.commands.display import show_deployment
         from gatefit.commands.opened import open_folder
 
         opened = open_folder(folder, data, skip_corrupt)
         prune = prune_unused or harvest
         deployment = deploy_folder(folder, opened, backend.value, masks, prune, batch, out, placement.value)
-        show_deployment(Console(file=stdout, markup=False), deployment)
+        console = Console(file=stdout, markup=False)
+        show_deployment(console, deployment)
+        console.print(f"written: {folder / FILE}", soft_wrap=True)

@@ -89,4 +89,8 @@ def _table(report: dict[str, Any]) -> str:
         for what, accuracy, agreement, macs in rows
     ]
     head = "<tr><th><th>accuracy<th>agreement<th>MACs per image<th>share"
-    return f"<table>{head}{''.join(cells)}</table>"
+    words = (
+        "Agreement: images answered as the original does. Sequential: each gate runs before its block. Parallel: it "
+        "runs beside the block's first layer, which then runs whole."
+    )
+    return f"<table>{head}{''.join(cells)}</table><p class=word>{words}</p>"

@@ -136,7 +136,11 @@ def lives(evaluation: Evaluation) -> Figure:
     total = torch.tensor([max(1, g.units) for g in gates], dtype=torch.float)
     always = torch.tensor([g.always if g.units else g.block_open == 1 for g in gates]) / total
     never = torch.tensor([g.never if g.units else g.block_open == 0 for g in gates]) / total
-    parts = (("always open", always, BLUE), ("alive", 1 - always - never, "#E69F00"), ("never open", never, GREY))
+    parts = (
+        ("always open", always, BLUE),
+        ("sometimes open", 1 - always - never, "#E69F00"),
+        ("never open", never, GREY),
+    )
     left = torch.zeros(len(gates))
     for label, part, colour in parts:
         axes.barh(range(len(gates)), part.tolist(), left=left.tolist(), color=colour, label=label, height=0.8)

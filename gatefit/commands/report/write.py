@@ -66,7 +66,7 @@ def _sections(
     return [
         (
             Section("accuracy", "Accuracy against work", "Up and to the left is better. MACs are means per image, "
-                    "gates included; sequential placement (filled) and parallel placement (hollow).",
+                    "gates included. Filled: sequential placement. Hollow: parallel placement.",
                     "There is no accuracy without labels."),
             pictures.accuracy_against_macs(result, others)
             if result.report["gated"]["accuracy"] is not None
@@ -83,7 +83,8 @@ def _sections(
             pictures.extremes(evaluation, images),
         ),
         (
-            Section("gates", "Units always open, alive, never open", "Over all images. What is never open could go "
+            Section("gates", "Units always, sometimes and never open", "A unit is the "
+                    "smallest set of channels that open and close together. What is never open could go "
                     "for good; what is always open needs no gate."),
             pictures.lives(evaluation),
         ),
@@ -104,8 +105,9 @@ def _sections(
             pictures.training(result.report["history"]) if result.report["history"] else None,
         ),
         (
-            Section("time", "Work and time", "Of the deployed network, as shares of the original in its fastest "
-                    "form on the same machine.", "Not timed: run gatefit bench DIR, then gatefit report DIR."),
+            Section("time", "Work and time", "Of the network as gatefit bench deployed it, as shares of the "
+                    "original in its fastest form on the same machine.",
+                    "Not timed: run gatefit bench FOLDER, then gatefit report FOLDER."),
             pictures.time(result.bench) if result.bench else None,
         ),
     ]  # fmt: skip
