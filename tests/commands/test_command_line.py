@@ -152,6 +152,12 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path, capsys):
         assert f"Interrupted. {how}" in capsys.readouterr().err.splitlines()
 
 
+def test_help_tells_each_command_in_a_whole_sentence():
+    """The list of commands cuts long sentences short."""
+    listed = gatefit("--help").stdout.partition("Commands:\n")[2].strip().splitlines()
+    assert len(listed) == len(COMMANDS) and not any(line.endswith("...") for line in listed)
+
+
 def test_warnings_of_others_stay_warnings(capsys):
     with pytest.warns(FutureWarning, match="theirs"), session("x"):
         warnings.warn("theirs", FutureWarning, stacklevel=1)

@@ -12,7 +12,9 @@ from gatefit.formats import model_title
 
 
 def bench(
-    network: Annotated[str, typer.Argument(help="A folder that gatefit convert wrote, or with --what-if a model.")],
+    network: Annotated[
+        str, typer.Argument(metavar="NETWORK", help="A folder that gatefit convert wrote, or with --what-if a model.")
+    ],
     data: Annotated[str, typer.Option(help="Images to run. Default: those of the conversion.")] = "",
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,8",
     what_if: Annotated[
@@ -22,7 +24,11 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Rounds. Each runs every engine once.")] = 60,
     as_json: Json = False,
 ) -> None:
-    """Time the deployed network beside the original in its fastest forms, in alternation."""
+    """Time a network with gates beside the original's fastest forms.
+
+    The network is deployed anew for each batch size, in PyTorch and in ONNX Runtime. What `gatefit deploy` chose is
+    not read. All forms run in turns.
+    """
     with session(f"bench {model_title(network)}") as stdout:
         sizes = [int(b) if b.strip().isdigit() else 0 for b in batch.split(",")]
         if not all(sizes):

@@ -26,12 +26,16 @@ class Gates(StrEnum):
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Name in timm or torchvision, or file.py:function.")] = "",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Name in timm or torchvision, or file.py:function.")
+    ] = "",
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Fetch the weights through timm.")] = False,
     weights: Annotated[str, typer.Option(help="A .safetensors file or a torch state dict.")] = "",
     data: Annotated[str, typer.Option(help="An image folder, a tar file, 'digits', or a name that timm knows.")] = "",
-    l1: Annotated[float | None, typer.Option(help="Weight of the penalty that closes gates.")] = None,
-    target: Annotated[float | None, typer.Option(help="Share of the MACs to end at, such as 0.5.")] = None,
+    l1: Annotated[float | None, typer.Option(help="Weight of a penalty on open gates, instead of --target.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Share of the original's MACs (multiply-accumulates) to end at, such as 0.5.")
+    ] = None,
     gates: Annotated[Gates | None, typer.Option(help="Gates of blocks (l), of channels (c), or both (lc).")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the fine-tune.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML recipe. Options override it.")] = None,
@@ -55,7 +59,10 @@ def convert(
     skip_corrupt: SkipCorrupt = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Convert a trained network into one that skips blocks and channels image by image.
+    """Insert gates into a trained network and train them.
+
+    Each image then skips the blocks and channels that it does not need. Without --data the images are Imagenette, which
+    is downloaded.
 
     --set overrides the other options, and they override the recipe.
     """

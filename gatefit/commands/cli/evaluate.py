@@ -6,7 +6,10 @@ from gatefit.commands.cli.session import Data, Device, Folder, Json, SkipCorrupt
 def evaluate(
     folder: Folder, data: Data = "", device: Device = "", skip_corrupt: SkipCorrupt = False, as_json: Json = False
 ) -> None:
-    """Measure accuracy, agreement with the original, MACs per image and open gates of a converted network."""
+    """Measure accuracy and MACs per image of a converted network.
+
+    Also show how often it answers as the original does, and how far its gates open.
+    """
     with session(f"evaluate {folder}") as stdout:
         choose_device(device)
         from rich.console import Console

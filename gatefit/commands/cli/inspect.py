@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Name in timm or torchvision, or file.py:function.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name in timm or torchvision, or file.py:function.")],
     image_size: Annotated[int, typer.Option(help="Side of the input in pixels. 0: the network's own.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Show every residual block of a network, what its gates would control, and what is refused and why."""
+    """Show which blocks of a network can be gated.
+
+    A block is an addition of a branch to a shortcut. Its gate can close the branch whole or single channels in it. The
+    reason stands beside each addition that cannot be gated.
+    """
     with session(f"inspect {model_title(model)}") as stdout:
         if image_size < 0:
             raise GatefitError(f"--image-size must be positive, not {image_size}")

@@ -9,10 +9,15 @@ from gatefit.commands.cli.session import Json, print_json, session
 
 
 def models(
-    pattern: Annotated[str, typer.Argument(help="Part of a name, or a shell pattern such as 'resnet*d'.")] = "",
+    pattern: Annotated[
+        str, typer.Argument(metavar="PATTERN", help="Part of a name, or a shell pattern such as 'resnet*d'.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
-    """List which networks of timm and torchvision can be gated, and how much of their MACs gates reach."""
+    """List which networks of timm and torchvision can be gated.
+
+    Each line also tells how much of the network's MACs (multiply-accumulates) gates reach.
+    """
     with session("models") as stdout:
         from rich.console import Console
         from rich.progress import track

@@ -11,7 +11,10 @@ from gatefit.commands.cli.session import Data, Device, SkipCorrupt, choose_devic
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(help="Folders that gatefit convert wrote. The report is the first one's; others are compared."),
+        typer.Argument(
+            metavar="FOLDERS",
+            help="Folders that gatefit convert wrote. The report is the first one's; others are compared.",
+        ),
     ],
     data: Data = "",
     block: Annotated[
@@ -20,7 +23,10 @@ def report(
     device: Device = "",
     skip_corrupt: SkipCorrupt = False,
 ) -> None:
-    """Write a page with pictures, report.html, into the first folder and compare its figures with the others'."""
+    """Write a page with pictures, report.html, into a folder.
+
+    With several folders the page goes into the first, and compares its figures with the others'.
+    """
     with session(f"report {folders[0]}") as stdout:
         choose_device(device)
         from rich.console import Console

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[2]
 
 Data = Annotated[str, typer.Option(help="Other images. Default: those of the conversion.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
-Folder = Annotated[Path, typer.Argument(help="A folder that gatefit convert wrote.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that gatefit convert wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Skip images that cannot be read.")]
 
