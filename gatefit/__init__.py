@@ -9,6 +9,7 @@ from gatefit._moved import Finder
 from gatefit.version import __version__
 
 if TYPE_CHECKING:
+    from gatefit.commands.deploy import load_deployed
     from gatefit.commands.hub import from_pretrained, push_to_hub, save_pretrained
     from gatefit.deployment.deploy import deploy
     from gatefit.errors import GatefitError
@@ -32,6 +33,7 @@ __all__ = [
     "finetune",
     "from_pretrained",
     "load",
+    "load_deployed",
     "push_to_hub",
     "retrofit",
     "salience_penalty",
@@ -51,6 +53,7 @@ _HOMES = {
     "finetune": "training.finetune",
     "from_pretrained": "commands.hub",
     "load": "gating.checkpoint",
+    "load_deployed": "commands.deploy",
     "push_to_hub": "commands.hub",
     "retrofit": "gating.insert",
     "salience_penalty": "gating.penalty",

@@ -40,6 +40,9 @@ def images_that_fit(gated: fx.GraphModule) -> int:
 def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], on_progress: OnProgress = silent) -> int:
     """Reconstruct the layers of `gated` that read changed inputs, in place, its gates as they are; leaves eval mode.
 
+    Example: a linear layer has the weight 2. With all gates open it reads 1 and gives 2; gated, it reads 0.5 and
+    gives 1. Its weight moves towards 4, which gives 2 again; the ridge keeps it a little nearer to 2.
+
     Grouped convolutions keep their weights, and so do layers that are called more than once; BN statistics stay.
 
     Args:
