@@ -62,7 +62,7 @@ class Config:
 
     @property
     def network(self) -> str:
-        """SHA-256 of all that decides an answer of the network: what a deployment is tied to."""
+        """Compute the SHA-256 of all that decides an answer of the network: what a deployment is tied to."""
         return json_digest([self.kind, self.model, self.input, self.part, self.files.get(WEIGHTS)])
 
     def check_file(self, folder: Path, name: str) -> None:

@@ -152,7 +152,7 @@ def _fastest(forms: list[fx.GraphModule], batches: list[Tensor]) -> fx.GraphModu
 
 
 def whole_batches(images: Tensor, batch: int, most: int) -> list[Tensor]:
-    """At most `most` batches of one size of `images`, (B, C, H, W); these are repeated where there are not enough."""
+    """Cut at most `most` batches of one size from `images`, (B, C, H, W), which repeat where there are too few."""
     if batch > len(images):
         images = images.repeat(-(-batch // len(images)), 1, 1, 1)
     return list(images[: min(most, len(images) // batch) * batch].split(batch))

@@ -84,7 +84,7 @@ def region_of(gated: fx.GraphModule, gate: Gate) -> Region:
 
 
 def region_or_none(gated: fx.GraphModule, gate: Gate) -> Region | None:
-    """`region_of`, or None where the branch cannot be cut out."""
+    """Cut out the region as `region_of` does; return None where the branch cannot be cut out."""
     try:
         return region_of(gated, gate)
     except DeployError:

@@ -22,14 +22,14 @@ LEAK = 0.01
 
 
 def relu1(x: Tensor, leak: float = 0.0) -> Tensor:
-    """min(max(x, 0), 1), with slope `leak` outside [0, 1]. At 0 and 1 themselves the gradient is whole."""
+    """Compute min(max(x, 0), 1), with slope `leak` outside [0, 1]. At 0 and 1 themselves the gradient is whole."""
     # Not clamp: its gradient at the very corner, where a fresh gate stands, differs between torch versions.
     nearest = x.detach().clamp(0, 1)
     return torch.where((x >= 0) & (x <= 1), x, nearest + leak * (x - nearest))
 
 
 def step(x: Tensor) -> Tensor:
-    """1 where x > 0, else 0; in the backward pass the gradient passes with slope 1/2 for |x| <= 1."""
+    """Return 1 where x > 0, else 0; in the backward pass the gradient passes with slope 1/2 for |x| <= 1."""
     hard = (x > 0).to(x.dtype)
     soft = torch.where(x.abs() <= 1, x / 2, x.detach())
     return hard + (soft - soft.detach()) if x.requires_grad else hard
@@ -162,7 +162,7 @@ class Gate(nn.Module):
         return {**self.__dict__, "outputs": None}
 
     def extra_repr(self) -> str:
-        """Shown by print(model)."""
+        """Describe the gate in print(model)."""
         return f"of={self.of.name!r}, form={self.form!r}"
 
 

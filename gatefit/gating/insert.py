@@ -73,7 +73,7 @@ def retrofit(
 def rewrite(
     model: nn.Module, example: Tensor, gates: GateKinds = "lc", form: GateForm = "relu1", compensation: bool = False
 ) -> fx.GraphModule:
-    """`retrofit` without the check: for a network whose conversion was checked before."""
+    """Retrofit without the check: for a network whose conversion was checked before."""
     if gates not in ("lc", "l", "c"):
         raise RecipeError(f"gates must be 'lc', 'l' or 'c', not {gates!r}")
     if form not in ("relu1", "step"):

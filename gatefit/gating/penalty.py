@@ -10,7 +10,7 @@ Weighting = Literal["macs", "plain"]
 
 
 def salience_penalty(gated: nn.Module, weighting: Weighting = "macs") -> Tensor:
-    """L1 norm of all saliences of an image, mean over the batch of the last forward: a scalar to be
+    """Compute the L1 norm of all saliences of an image, mean over the batch of the last forward: a scalar to be
     multiplied by the L1 coefficient and added to the loss.
 
     Args:

@@ -124,7 +124,7 @@ def _can_be_reconstructed(layer: nn.Module | None) -> bool:
 
 
 def _reconstruct_layer(gated: fx.GraphModule, node: fx.Node, layer: Any, runs: _Runs) -> None:
-    """Least squares on what is missing: weight += argmin |change . inputs - missing|^2 + prior |change|^2."""
+    """Solve least squares on what is missing: weight += argmin |change . inputs - missing|^2 + prior |change|^2."""
     source = node.all_input_nodes[0]
     added = next((n.all_input_nodes[1] for n in node.users if n.target is add_compensation), None)
     compensation, kept = _compensation(gated, added, runs) if added is not None else (None, [])

@@ -66,7 +66,7 @@ def threshold_for(gated: nn.Module, costs: GateCosts, target: float, min_open: f
 
 
 def price_threshold(l1: float, factor: float) -> float:
-    """Threshold on the pre-activations for an L1 coefficient; `factor` is what `initialise_from_data` returned."""
+    """Find the pre-activations' threshold for an L1 coefficient; `factor` is what `initialise_from_data` returned."""
     return factor * math.sqrt(2 * l1)
 
 

@@ -107,14 +107,14 @@ def _corrupt_block(state: dict[str, Tensor], gate: Gate, only: set[str], generat
 
 
 def _noise(shape: list[int], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Positive, so that it is also a valid variance, and of the size that it replaces."""
+    """Draw positive noise, so that it is also a valid variance, and of the size that it replaces."""
     size = like.abs().float().mean() + 0.1
     return (torch.rand(shape, generator=generator).to(like.device) * 2 * size).to(like.dtype)
 
 
 @contextmanager
 def _reproducible() -> Iterator[None]:
-    """Bit-for-bit comparisons need the same kernels in every run; also leaves the random state alone."""
+    """Use the same kernels in every run, as bit-for-bit comparisons need; leave the random state alone."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False

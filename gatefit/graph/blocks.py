@@ -119,12 +119,12 @@ class ResidualBlock:
 
     @property
     def channels(self) -> int:
-        """Channels that the channel gate controls; 0: no channel gate."""
+        """Count the channels that the channel gate controls; 0: no channel gate."""
         return self.channel_units.channels if self.channel_units else 0
 
     @property
     def units(self) -> int:
-        """Saliences of the channel gate; 0: no channel gate."""
+        """Count the saliences of the channel gate; 0: no channel gate."""
         return self.channel_units.units if self.channel_units else 0
 
     @property
@@ -222,7 +222,7 @@ def _is_depthwise(module: nn.Module | None) -> bool:
 
 
 def _dependants(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose tensor value depends on the network's input."""
+    """Find the nodes whose tensor value depends on the network's input."""
     live: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or (not reads_size(node) and any(i in live for i in node.all_input_nodes)):
@@ -231,7 +231,7 @@ def _dependants(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _cone(output: fx.Node, only_user: fx.Node) -> list[fx.Node]:
-    """Maximum fanout-free cone of `output`, which `only_user` reads: topologically sorted."""
+    """Find the maximum fanout-free cone of `output`, which `only_user` reads: topologically sorted."""
     if set(output.users) != {only_user}:
         return []
     cone = {output}
@@ -295,7 +295,7 @@ def _match_side(output: fx.Node, shortcut: fx.Node, cone: list[fx.Node], facts: 
 
 
 def _shortest_path(entry: fx.Node, end: fx.Node, facts: _Facts) -> tuple[int, int] | None:
-    """(layers that mix channels, MACs) on the way from entry to end that has the fewest, None if there is no way."""
+    """Return (layers that mix channels, MACs) on the way from entry to end that has the fewest; None: no way."""
     best: dict[fx.Node, tuple[int, int]] = {end: (0, 0)}
     frontier = [end]
     while frontier:
@@ -315,7 +315,7 @@ def _shortest_path(entry: fx.Node, end: fx.Node, facts: _Facts) -> tuple[int, in
 
 
 def _depth(cone: list[fx.Node] | tuple[fx.Node, ...], macs: dict[fx.Node, int]) -> int:
-    """Layers on the longest path through a cone."""
+    """Count the layers on the longest path through a cone."""
     depth: dict[fx.Node, int] = {}
     for node in cone:
         depth[node] = (macs[node] > 0) + max((depth.get(s, 0) for s in node.all_input_nodes), default=0)
@@ -370,7 +370,7 @@ def _describe(
 
 
 def _channel_axis(traced: fx.GraphModule, entry: fx.Node, cone: set[fx.Node]) -> int:
-    """Axis of the channels of the entry: as the first layer that reads it takes them.
+    """Find the axis of the channels of the entry: as the first layer that reads it takes them.
 
     Layers behind a change of shape, such as a division into windows, count where none stands before: by the number
     of channels that they take.

@@ -195,7 +195,7 @@ def _step(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
 
 
 def _follow(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
-    """`_step` without tolerance."""
+    """Step as `_step` does, without tolerance."""
     axis, wide = walk.aligned[node]
     module = module_of(walk.traced, user)
     keeps: bool | None
@@ -243,7 +243,7 @@ def _follow(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
 
 
 def _through_layer(walk: _Walk, node: fx.Node, user: fx.Node, module: nn.Module) -> tuple[bool, int] | None:
-    """None: the layer mixes channels and consumes them. Else (keeps zero, width) behind a grouped convolution."""
+    """Return None: the layer mixes channels and consumes them. Else (keeps zero, width) of a grouped convolution."""
     axis, wide = walk.aligned[node]
     size = walk.channels * wide
     walk.scaled.add(layer_name(user))

@@ -32,7 +32,7 @@ def fold_batch_norms(model: nn.Module, example: Tensor | None = None) -> fx.Grap
 
 @torch.no_grad()
 def fold_in_place(traced: fx.GraphModule) -> fx.GraphModule:
-    """`fold_batch_norms` for a graph in eval mode; a compensation in between is scaled like its rows."""
+    """Fold as `fold_batch_norms` does, for a graph in eval mode; a compensation in between is scaled like its rows."""
     calls = call_counts(traced)
 
     def once(node: fx.Node) -> bool:

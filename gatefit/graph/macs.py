@@ -40,5 +40,5 @@ def _weight_of(call: fx.Node) -> object:
 
 
 def layer_name(node: fx.Node) -> str:
-    """Qualified module name of a layer, or the node's name for a functional call."""
+    """Give the qualified module name of a layer, or the node's name for a functional call."""
     return str(node.target) if node.op == "call_module" else node.name

@@ -13,7 +13,7 @@ def scale(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tens
 
 
 def harden(salience: Tensor) -> Tensor:
-    """1 where a salience is above 0, else 0; same shape and dtype."""
+    """Return 1 where a salience is above 0, else 0; same shape and dtype."""
     return (salience > 0).to(salience.dtype)
 
 

@@ -62,7 +62,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
 
 
 def _out_of_place(network: Network) -> Network:
-    """`network`, with modules that no longer write into what they read."""
+    """Copy `network` with modules that no longer write into what they read."""
     for module in network.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
@@ -107,7 +107,7 @@ class _ShapeInterpreter(fx.Interpreter):
 
 
 def shape_of(node: object) -> torch.Size | None:
-    """Shape of a node's tensor value, or None where it is no tensor."""
+    """Give the shape of a node's tensor value, or None where it is no tensor."""
     return node.meta.get("shape") if isinstance(node, fx.Node) else None
 
 
@@ -127,13 +127,13 @@ def reads_size(node: fx.Node) -> bool:
 
 
 def path_of(node: fx.Node) -> str:
-    """Qualified name of the innermost module in whose forward the node was recorded; '' at the root."""
+    """Give the qualified name of the innermost module in whose forward the node was recorded; '' at the root."""
     stack = node.meta.get("nn_module_stack")
     return str(next(reversed(stack))) if stack else ""
 
 
 def _defaults(root: nn.Module) -> dict[str, Any]:
-    """Every argument of forward but the first is baked in with its default."""
+    """Bake in every argument of forward but the first with its default."""
     parameters = list(inspect.signature(root.forward).parameters.values())[1:]
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = [p for p in parameters if p.kind not in variadic]
@@ -144,7 +144,7 @@ def _defaults(root: nn.Module) -> dict[str, Any]:
 
 
 def _take_constants(graph: fx.Graph, analysed: nn.Module, root: nn.Module) -> None:
-    """Tensors that forward made out of nothing are kept with the network."""
+    """Keep tensors that forward made out of nothing with the network."""
     for node in graph.find_nodes(op="get_attr"):
         name = str(node.target)
         if name.startswith("_tensor_constant") and not hasattr(root, name):
@@ -155,7 +155,7 @@ def _take_constants(graph: fx.Graph, analysed: nn.Module, root: nn.Module) -> No
 
 
 def _drop_frozen_inputs(graph: fx.Graph) -> None:
-    """concrete_args leave their placeholders behind, with a check each; the network takes one tensor."""
+    """Drop the placeholders, with a check each, that concrete_args leave behind: the network takes one tensor."""
     frozen = {n for n in graph.nodes if n.op == "placeholder"}
     frozen.discard(next(n for n in graph.nodes if n.op == "placeholder"))
     for node in graph.nodes:
@@ -186,7 +186,7 @@ def _functionalise(graph: fx.Graph) -> None:
 
 
 def _modularise_dropout(traced: fx.GraphModule) -> None:
-    """F.dropout(x, p, self.training) was frozen at tracing: give it a module, which follows train()."""
+    """Give F.dropout(x, p, self.training), frozen at tracing, a module, which follows train()."""
     modules = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d, F.alpha_dropout: nn.AlphaDropout}
     for node in list(traced.graph.nodes):
         if node.op != "call_function" or node.target not in modules:

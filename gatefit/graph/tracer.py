@@ -74,11 +74,11 @@ class ShapeTracer(fx.Tracer):
         return attr_val if self.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Proxies that know their value."""
+        """Make proxies that know their value."""
         return _ShapedProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        """Sizes, and what is computed from them, become nodes."""
+        """Turn sizes, and what is computed from them, into nodes."""
         if isinstance(a, Size):
             return a.node
         if isinstance(a, _Real):
@@ -238,7 +238,7 @@ class _Shape(tuple[Any, ...]):
     """The shape of a proxy."""
 
     def numel(self) -> Any:
-        """Product of the sizes."""
+        """Multiply the sizes."""
         return prod(self)
 
     def __getitem__(self, index: Any) -> Any:

@@ -136,7 +136,7 @@ Source = Splits | ImageSet | str | Path | tuple[Tensor, Tensor]
 
 
 def as_images(data: Source, spec: InputSpec, seed: int = 0) -> Splits:
-    """Splits from what a caller has at hand.
+    """Make splits from what a caller has at hand.
 
     Args:
         data: Splits; one ImageSet, to train and evaluate on alike; a name or path (see `read_data`); or a pair of
@@ -163,7 +163,7 @@ def as_images(data: Source, spec: InputSpec, seed: int = 0) -> Splits:
 
 
 def some_images(images: ImageSet, spec: InputSpec, count: int) -> Tensor:
-    """`count` images, the same each time, normalised: (count, C, H, W)."""
+    """Take `count` images, the same each time, normalised: (count, C, H, W)."""
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     return normalise(images.__getitems__(chosen.tolist())[0], spec)
 
@@ -175,7 +175,7 @@ def hold_out(images: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSe
 
 
 def normalise(images: Tensor, spec: InputSpec) -> Tensor:
-    """uint8 images (B, 3, H, W) as the float32 that the network was trained on; floats are taken as they are."""
+    """Turn uint8 images (B, 3, H, W) into the float32 that the network was trained on; floats are taken as they are."""
     if images.dtype != torch.uint8:
         return images
     mean = torch.tensor(spec.mean, device=images.device).view(1, 3, 1, 1) * 255
@@ -268,7 +268,7 @@ def _streamed(name: str, dataset: Iterable[tuple[Image.Image, int]], spec: Input
 
 
 def _folder_files(root: Path) -> Files:
-    """(parts of the path below root, path) of every image, sorted."""
+    """List (parts of the path below root, path) of every image, sorted."""
     found = []
     for folder, folders, files in os.walk(root, followlinks=True):
         folders.sort()
@@ -343,7 +343,7 @@ def _from_files(
 
 
 def _labelled(files: list[tuple[tuple[str, ...], Any]]) -> tuple[list[tuple[Any, int]], list[str]]:
-    """Items with labels, and the class names: the folders; images without a folder have no labels."""
+    """Give items their labels, and the class names: the folders; images without a folder have no labels."""
     if any(len(parts) == 1 for parts, _ in files):
         return [(key, -1) for _, key in files], []
     classes = sorted({parts[0] for parts, _ in files})

@@ -11,7 +11,7 @@ from gatefit.inputs.data import ImageSet
 
 
 def augment(images: Tensor, index: Tensor, count: int, seed: int, epoch: int, flip: bool) -> Tensor:
-    """Random crop with a padding of 1/8 and, if `flip`, mirroring of a batch (B, C, H, W).
+    """Crop at random with a padding of 1/8 and, if `flip`, mirroring of a batch (B, C, H, W).
 
     What happens to an image depends on its index, the seed and the epoch alone: not on batches or processes.
     """
@@ -29,13 +29,13 @@ def augment(images: Tensor, index: Tensor, count: int, seed: int, epoch: int, fl
 
 
 def loader(images: ImageSet, batches: list[list[int]]) -> DataLoader[Any]:
-    """Batches of an ImageSet by their indices; images that are not in memory are decoded by workers."""
+    """Load batches of an ImageSet by their indices; images that are not in memory are decoded by workers."""
     workers = 0 if images.resident is not None else 2
     return DataLoader(images, batch_sampler=batches, collate_fn=_whole, num_workers=workers)  # type: ignore[arg-type]
 
 
 def generator(seed: int, epoch: int) -> torch.Generator:
-    """Random numbers of one epoch; -1 for what comes after the last."""
+    """Seed the random numbers of one epoch; -1 for what comes after the last."""
     return torch.Generator().manual_seed(seed * 100_003 + epoch + 1)
 
 

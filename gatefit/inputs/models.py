@@ -86,7 +86,7 @@ def parse_reference(text: str, base: Path | None = None) -> ModelReference:
 
 
 def names_like(pattern: str) -> list[str]:
-    """Names of timm and torchvision, qualified, that contain `pattern` or fit it as a shell pattern ("resnet*d").
+    """List names of timm and torchvision, qualified, that contain `pattern` or fit it as a shell pattern ("resnet*d").
 
     Raises:
         ModelError: there is none.
@@ -204,7 +204,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Tensors of a weight file by key; torch files are read with weights_only."""
+    """Read the tensors of a weight file by key; torch files are read with weights_only."""
     if not file.is_file():
         raise ModelError(f"no weight file '{file}'")
     try:
@@ -222,7 +222,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def input_spec(model: nn.Module, image_size: int | None = None) -> InputSpec:
-    """Input of a network: from its `pretrained_cfg` (timm's convention, open to own networks), else ImageNet's."""
+    """Find a network's input: from its `pretrained_cfg` (timm's convention, open to own networks), else ImageNet's."""
     config = getattr(model, "pretrained_cfg", None) or {}
     shape = tuple(config.get("input_size", (3, 224, 224)))
     if image_size is not None:

@@ -82,11 +82,11 @@ class Teacher(nn.Module):
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Teacher":
-        """It stays in eval mode, whatever mode the network that learns is in."""
+        """Stay in eval mode, whatever mode the network that learns is in."""
         return super().train(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Predictions, (B, classes), and the outputs of `blocks`, (B, ...) each."""
+        """Return predictions, (B, classes), and the outputs of `blocks`, (B, ...) each."""
         logits, outputs = self.network(x)
         return logits, outputs
 
@@ -113,7 +113,7 @@ def with_outputs_of(network: nn.Module, blocks: tuple[str, ...]) -> nn.Module:
 
 
 def distillation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """KL divergence to the teacher's softened predictions, times T^2 (Hinton et al., arXiv 1503.02531)."""
+    """Compute the KL divergence to the teacher's softened predictions, times T^2 (Hinton et al., arXiv 1503.02531)."""
     student = F.log_softmax(logits / temperature, 1)
     teacher = F.log_softmax(wanted / temperature, 1)
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")

@@ -196,7 +196,7 @@ class Trainer:
         return float(self.accelerator.reduce(torch.tensor(value, device=self.device), "mean"))
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """This process's part of every global batch that is still to come."""
+        """Give this process's part of every global batch that is still to come."""
         s, world, rank = self.settings, self.accelerator.num_processes, self.accelerator.process_index
         while self.state.step < self.steps:
             epoch, done = divmod(self.state.step, self.per_epoch)
@@ -207,7 +207,7 @@ class Trainer:
     def _loss(
         self, objective: nn.Module, images: Tensor, labels: Tensor, index: Tensor, epoch: int
     ) -> tuple[Tensor, int]:
-        """Loss of one forward pass, and how many images it got right."""
+        """Compute the loss of one forward pass, and how many images it got right."""
         x = images.to(self.device)
         if images.dtype == torch.uint8 and self.settings.augment:
             x = augment(x, index, len(self.images), self.seed, epoch, self.settings.flip)

@@ -130,7 +130,7 @@ def extremes(evaluation: Evaluation, images: ImageSet) -> Figure:
 
 
 def lives(evaluation: Evaluation) -> Figure:
-    """For each block, the shares of its units that are always open, sometimes, and never."""
+    """Draw for each block the shares of its units that are always open, sometimes, and never."""
     gates = evaluation.gates
     figure, axes = _figure(8, 1.3 + 0.22 * len(gates))
     total = torch.tensor([max(1, g.units) for g in gates], dtype=torch.float)
@@ -160,7 +160,7 @@ def are_skipped(evaluation: Evaluation) -> bool:
 
 
 def blocks_by_class(evaluation: Evaluation, labels: Tensor, classes: tuple[str, ...]) -> Figure:
-    """Heat map: per block and class, the share of images that run it (or of channels, if all blocks always run)."""
+    """Draw per block and class the share of images that run it (or of channels, if all blocks always run)."""
     skipped = are_skipped(evaluation)
     shares = {n: (m[:, :1] if skipped else _units(m)).float().mean(1) for n, m in evaluation.masks.items()}
     present = labels.unique().tolist()
@@ -173,7 +173,7 @@ def blocks_by_class(evaluation: Evaluation, labels: Tensor, classes: tuple[str, 
 
 
 def channels_by_class(evaluation: Evaluation, labels: Tensor, classes: tuple[str, ...], block: str) -> Figure:
-    """Heat map: per class and channel of a block, the share of images that open it."""
+    """Draw a heat map: per class and channel of a block, the share of images that open it."""
     mask = evaluation.masks[block][:, 1 : 1 + CHANNELS].float()
     present = labels.unique().tolist()
     table = torch.stack([mask[labels == c].mean(0) for c in present])
@@ -194,7 +194,7 @@ def most_varied(evaluation: Evaluation) -> str:
 
 
 def training(history: list[dict[str, Any]]) -> Figure:
-    """Loss, accuracy and share of MACs by epoch."""
+    """Draw loss, accuracy and share of MACs by epoch."""
     parts = [("loss", BLUE), ("accuracy", GREEN), ("share", ORANGE)]
     titles = {"loss": "loss", "accuracy": "accuracy (training images)", "share": "share of the original's MACs"}
     shown = [(k, c) for k, c in parts if history[0][k] is not None]

@@ -32,7 +32,7 @@ def peak_of(run: Callable[[], object]) -> float | None:
 
 
 def _settled() -> int | None:
-    """Resident bytes, after all that is free was given back."""
+    """Measure resident bytes, after all that is free was given back."""
     if not sys.platform.startswith("linux"):
         return None
     gc.collect()

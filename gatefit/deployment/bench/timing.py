@@ -43,7 +43,7 @@ class Timing:
 
     @property
     def images_per_second(self) -> float:
-        """At the median."""
+        """Give the rate at the median time."""
         return 1000 * self.batch / self.p50_ms
 
 
@@ -117,7 +117,7 @@ def bench(
 
 
 def _gates_ms(gated: fx.GraphModule, batch: Tensor) -> float:
-    """Milliseconds for all gates alone in PyTorch, pooling and layers, one after another."""
+    """Time all gates alone in PyTorch, pooling and layers, one after another."""
     given: list[tuple[nn.Module, Tensor]] = []
 
     def note(gate: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -128,7 +128,7 @@ def _gates_ms(gated: fx.GraphModule, batch: Tensor) -> float:
 
 
 def times(engines: dict[Key, Run], batches: list[Tensor], rounds: int) -> dict[Key, list[float]]:
-    """Milliseconds of each engine in each round; see `bench`."""
+    """Time each engine in each round; see `bench`."""
     for run in engines.values():
         for batch in batches[:WARM_UP]:
             run(batch)

@@ -86,7 +86,7 @@ def _between(values: Tensor, share: float) -> Tensor:
 def _set_channels(
     gate: Gate, value: Tensor, weight: Tensor, closed: float, masks: int, generator: torch.Generator
 ) -> None:
-    """Channels that are open above, or below, one of a few thresholds; the rest always open or always closed."""
+    """Choose the channels that are open above, or below, one of a few thresholds; the rest are constant."""
     assert gate.channel is not None
     units = gate.of.units
     order = torch.randperm(units, generator=generator)

@@ -21,7 +21,7 @@ def gathered_network(
     batches: Sequence[Tensor],
     engines: Sequence[str] | None = None,
 ) -> fx.GraphModule:
-    """Blocks as `ChainBlocks` if they can be, else as a `GatheredBlock` each, else as `plans` says.
+    """Build blocks as `ChainBlocks` if they can be, else as a `GatheredBlock` each, else as `plans` says.
 
     What lies between them runs as `gatefit.deployment.engines.segments.with_fast_segments` says; the engines that
     it chose stand in its `gatefit.deployment.info.DeployedInfo`.
@@ -32,7 +32,7 @@ def gathered_network(
 
 
 def gathered_blocks(network: nn.Module) -> dict[str, bool]:
-    """Blocks of a deployed network that run just what each image opens, by name, and whether they are skipped."""
+    """Find the blocks that run just what each image opens, by name, and whether they are skipped."""
     saliences = [m.saliences for m in network.modules() if isinstance(m, ChainBlock | GatheredBlock)]
     return {s.gate.of.name: s.skip for s in saliences}
 

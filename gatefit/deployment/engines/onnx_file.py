@@ -97,7 +97,7 @@ class _Part:
         return self.piece
 
     def info(self, name: str) -> ValueInfoProto:
-        """Type and shape of an output."""
+        """Give type and shape of an output."""
         value = self.results[self.outputs.index(name)]
         kind = onnx.TensorProto.BOOL if value.dtype == torch.bool else onnx.TensorProto.FLOAT
         return helper.make_tensor_value_info(name, kind, list(value.shape))
