@@ -12,7 +12,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from gatefit.errors import GatefitError
+from gatefit.errors import GatefitError, GatefitWarning
 
 PACKAGE = Path(__file__).parents[2]
 
@@ -61,18 +61,20 @@ def session(command: str, out: Path | None = None, position: Callable[[], str] =
 
 @contextmanager
 def _notes() -> Iterator[None]:
-    """Show gatefit's own FutureWarnings, such as of old recipe keys, as one line each."""
+    """Show gatefit's own warnings, such as of old recipe keys or skipped images, as one line each."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def note(message: Any, category: Any, filename: str, *more: Any, **named: Any) -> None:
-            if not (issubclass(category, FutureWarning) and Path(filename).is_relative_to(PACKAGE)):
+            old_name = issubclass(category, FutureWarning) and Path(filename).is_relative_to(PACKAGE)
+            if not (old_name or issubclass(category, GatefitWarning)):
                 show(message, category, filename, *more, **named)
             elif is_main():
                 typer.echo(f"note: {_one_line(message)}", err=True)
 
         warnings.showwarning = note
         warnings.filterwarnings("always", category=FutureWarning, module=r"gatefit\.")
+        warnings.filterwarnings("always", category=GatefitWarning)
         yield
 
 
