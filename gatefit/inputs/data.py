@@ -160,12 +160,13 @@ def as_images(data: Source, spec: InputSpec, seed: int = 0) -> Splits:
 
     Args:
         data: Splits; one ImageSet, to train and evaluate on alike; a name or path (see `read_data`); or a pair of
-            images (N, C, H, W), uint8 or already normalised floats, and labels (N,).
+            images (N, C, H, W), uint8 or already normalised floats, and class indices
+            (N,).
         spec: the network's input, for a name or path.
         seed: of the division of a set without splits.
 
     Raises:
-        DataError: it is none of these, or images and labels differ in number.
+        DataError: it is none of these, images and labels differ in number, or labels are no class indices.
     """
     if isinstance(data, Splits):
         return data
@@ -176,10 +177,23 @@ def as_images(data: Source, spec: InputSpec, seed: int = 0) -> Splits:
     if not (isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)):
         raise DataError(f"data must be a name, a folder, Splits or (images, labels), not {type(data).__name__}")
     images, labels = data
-    if images.dim() != 4 or len(images) != len(labels):
-        raise DataError(f"images {tuple(images.shape)} and labels {tuple(labels.shape)} do not fit each other")
+    _check_tensors(images, labels)
     one = ImageSet("tensors", len(images), images.__getitem__, labels.long(), (), images)
     return Splits(one, one)
+
+
+def _check_tensors(images: Tensor, labels: Tensor) -> None:
+    """Refuse images and labels that do not fit each other, or that are none."""
+    if images.dim() != 4 or not len(images) or len(images) != len(labels):
+        raise DataError(f"images {tuple(images.shape)} and labels {tuple(labels.shape)} do not fit each other")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise DataError(f"images must be uint8, or floats that are normalised, not {images.dtype}")
+    if labels.dim() != 1:
+        raise DataError(f"labels must be one class index for each image, ({len(images)},), not {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise DataError(f"labels must be class indices in whole numbers, not {labels.dtype}; pass labels.long()")
+    if int(labels.min()) < 0:
+        raise DataError(f"labels must be class indices from 0 on; there is {int(labels.min())}: leave such images out")
 
 
 def some_images(images: ImageSet, spec: InputSpec, count: int) -> Tensor:
