@@ -18,6 +18,16 @@ PACKAGE = Path(__file__).parents[2]
 
 Data = Annotated[str, typer.Option(help="Other images. Default: those of the conversion.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+ImageSize = Annotated[int, typer.Option(help="Side of the input in pixels. 0: the network's own.")]
+Mean = Annotated[
+    str,
+    typer.Option(
+        metavar="X[,X,X]",
+        help="Mean of the pixels, from 0 to 1, that the network was trained with: one value, or one for each channel. "
+        "Default: the network's own.",
+    ),
+]
+Std = Annotated[str, typer.Option(metavar="X[,X,X]", help="Standard deviation of the pixels, in the same way.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that gatefit convert wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Skip images that cannot be read.")]
@@ -80,6 +90,32 @@ def _notes() -> Iterator[None]:
 
 def _one_line(message: Any) -> str:
     return " ".join(str(message).split())
+
+
+def say_input(folder: Path) -> None:
+    """Say in one line what the network of a folder takes.
+
+    Raises:
+        GatefitError: the folder cannot be read.
+    """
+    from gatefit.commands.opened import input_of
+
+    if is_main():
+        typer.echo(str(input_of(folder)), err=True)
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """Read the values of --mean or --std; nothing where it is not given.
+
+    Raises:
+        GatefitError: there is something else than numbers in it.
+    """
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise GatefitError(
+            f"{option} must be a number, or one for each channel such as 0.5,0.5,0.5: not '{text}'"
+        ) from None
 
 
 def print_json(stream: TextIO, value: Any) -> None:
