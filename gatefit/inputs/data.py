@@ -190,8 +190,8 @@ def _check_tensors(images: Tensor, labels: Tensor) -> None:
         raise DataError(f"images must be uint8, or floats that are normalised, not {images.dtype}")
     if labels.dim() != 1:
         raise DataError(f"labels must be one class index for each image, ({len(images)},), not {tuple(labels.shape)}")
-    if labels.is_floating_point() or labels.is_complex():
-        raise DataError(f"labels must be class indices in whole numbers, not {labels.dtype}; pass labels.long()")
+    if labels.is_complex() or not bool((labels == labels.long()).all()):
+        raise DataError(f"labels must be class indices in whole numbers, not such {labels.dtype}")
     if int(labels.min()) < 0:
         raise DataError(f"labels must be class indices from 0 on; there is {int(labels.min())}: leave such images out")
 

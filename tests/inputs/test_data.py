@@ -128,7 +128,7 @@ def test_large_sets_are_decoded_on_reading(tmp_path, monkeypatch):
 
 
 def test_hold_out_is_a_partition():
-    data = as_images((torch.arange(10).view(10, 1, 1, 1).float(), torch.zeros(10, dtype=torch.long)), SPEC).train
+    data = as_images((torch.arange(10).view(10, 1, 1, 1).float(), torch.zeros(10)), SPEC).train
     rest, held = hold_out(data, 3, seed=0)
     both = torch.cat([rest.resident, held.resident]).flatten().sort().values
     assert (len(rest), len(held)) == (7, 3) and both.tolist() == list(range(10))

@@ -48,8 +48,9 @@ def test_a_teacher_with_another_head_is_refused(gated):
     ("labels", "message"),
     [
         (torch.zeros(4, 1, dtype=torch.long), r"\(4,\), not \(4, 1\)"),
-        (torch.tensor([0.0, 1.7, 2.0, 3.0]), "whole numbers, not torch.float32"),
-        (torch.zeros(4, dtype=torch.complex64), "whole numbers, not torch.complex64"),
+        (torch.tensor([0.0, 1.7, 2.0, 3.0]), "whole numbers, not such torch.float32"),
+        (torch.tensor([0.0, math.nan, math.inf, 1.0]), "whole numbers"),
+        (torch.zeros(4, dtype=torch.complex64), "whole numbers, not such torch.complex64"),
         (torch.tensor([0, 1, -1, 2]), "from 0 on; there is -1"),
         (torch.tensor(3), "do not fit"),
         (torch.zeros(0, dtype=torch.long), "do not fit"),
