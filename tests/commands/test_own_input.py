@@ -200,4 +200,5 @@ def test_numbers_out_of_range_are_refused(net, options, message):
 
 @pytest.mark.parametrize("option", ["--batch", "--masks"])
 def test_deploy_refuses_numbers_out_of_range(tmp_path, option):
-    assert f"{option} must be 1 or more" in refused("deploy", tmp_path, option, "0")
+    for value in ("0", "999999999"):
+        assert f"{option} must lie between 1 and 4096" in refused("deploy", tmp_path, option, value)

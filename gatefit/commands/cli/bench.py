@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gatefit.commands.cli.session import ImageSize, Json, Mean, Std, numbers, print_json, session
+from gatefit.commands.cli.session import LARGEST_BATCH, ImageSize, Json, Mean, Std, numbers, print_json, session
 from gatefit.errors import GatefitError
 from gatefit.formats import model_title
 
@@ -34,10 +34,7 @@ def bench(
     not read. All forms run in turns.
     """
     with session(f"bench {model_title(network)}") as stdout:
-        try:
-            sizes = [int(b) for b in batch.split(",")]
-        except ValueError:
-            raise GatefitError(f"--batch must be sizes with commas between, such as 1,8, not '{batch}'") from None
+        sizes = _sizes(batch)
         from rich.console import Console
 
         from gatefit.commands.bench import run_bench
@@ -59,3 +56,11 @@ def bench(
                 write_json(Path(network) / BENCH, measured)
             except GatefitError as error:
                 Console(stderr=True, markup=False).print(f"note: not kept for the report: {error}", soft_wrap=True)
+
+
+def _sizes(text: str) -> list[int]:
+    """Read the values of --batch."""
+    sizes = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if not 1 <= min(sizes) <= max(sizes) <= LARGEST_BATCH:
+        raise GatefitError(f"--batch must be sizes from 1 to {LARGEST_BATCH} with commas between, not '{text}'")
+    return sizes

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gatefit.commands.cli.session import Folder, SkipCorrupt, say_input, session
+from gatefit.commands.cli.session import LARGEST_BATCH, Folder, SkipCorrupt, say_input, session
 from gatefit.errors import DeployError
 
 
@@ -59,8 +59,8 @@ def deploy(
         from gatefit.commands.opened import open_folder
 
         for name, value in (("--batch", batch), ("--masks", masks)):
-            if value < 1:
-                raise DeployError(f"{name} must be 1 or more, not {value}")
+            if not 1 <= value <= LARGEST_BATCH:
+                raise DeployError(f"{name} must lie between 1 and {LARGEST_BATCH}, not {value}")
         say_input(folder)
         opened = open_folder(folder, data, skip_corrupt)
         prune = prune_unused or harvest

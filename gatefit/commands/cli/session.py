@@ -14,6 +14,7 @@ import typer
 
 from gatefit.errors import GatefitError, GatefitWarning
 
+LARGEST_BATCH = 4096
 PACKAGE = Path(__file__).parents[2]
 
 Data = Annotated[str, typer.Option(help="Other images. Default: those of the conversion.")]
