@@ -5,6 +5,10 @@ class GatefitError(Exception):
     """Base of every error that gatefit raises on purpose: one line that names cause and next step."""
 
 
+class GatefitWarning(UserWarning):
+    """Something that probably is not what the user wants: one line that names cause and next step."""
+
+
 class ModelError(GatefitError):
     """A model, or weights for it, that cannot be found, built or loaded."""
 

@@ -1,5 +1,7 @@
 """Write figures and names as people read them."""
 
+import re
+
 
 def mega(macs: float) -> str:
     """Write MACs in millions."""
@@ -9,6 +11,11 @@ def mega(macs: float) -> str:
 def percent(share: float | None) -> str:
     """Write a share in percent, or a dash where there is none."""
     return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def folder_name(model: str) -> str:
+    """Name the folder of a model's run: "torchvision-resnet50", or "net-build" of "../proj/net.py:build"."""
+    return re.sub(r"[^\w.-]+", "-", model_title(model).replace(".py:", "-")).strip("-.") or "model"
 
 
 def model_title(model: str) -> str:

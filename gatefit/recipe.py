@@ -4,6 +4,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import math
 import textwrap
 import tomllib
 import types
@@ -48,11 +49,25 @@ class ModelPart:
     pretrained: bool = False
     weights: str = ""
     """A .safetensors or torch state-dict file."""
+    trained: bool = False
+    """Whether the function in the file returns a network that already holds its trained weights."""
     image_size: int = 0
     """Side of the square input; 0: the network's own."""
+    mean: tuple[float, ...] = ()
+    """Mean of the pixels, from 0 to 1, that the network was trained with: one value, or one for each channel. Empty:
+    the network's own."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of the pixels, in the same way."""
 
     def __post_init__(self) -> None:
-        _check(self.image_size >= 0, f"image_size must be 0 or more, not {self.image_size}")
+        _check(0 <= self.image_size <= 65_536, f"image_size must lie between 0 and 65536, not {self.image_size}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            _check(all(map(math.isfinite, values)), f"model.{name} must be finite numbers, not {values}")
+
+    @property
+    def starts_trained(self) -> bool:
+        """Tell whether the network has learnt something before this run."""
+        return self.pretrained or bool(self.weights) or self.trained
 
 
 @dataclass(frozen=True)
@@ -326,6 +341,9 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
         if value not in allowed:
             raise RecipeError(f"recipe key '{path}' must be one of {', '.join(map(repr, allowed))}, not {value!r}")
         return value
+    if typing.get_origin(hint) is tuple:
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(_typed(typing.get_args(hint)[0], v, path) for v in values)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -18,24 +18,26 @@ from gatefit.folder import ORIGINAL
 from gatefit.gating.checkpoint import save
 from gatefit.gating.info import info_of, set_info
 from gatefit.gating.insert import retrofit, rewrite
-from gatefit.inputs.data import Splits, read_data
+from gatefit.inputs.data import Splits, normalise, read_data
 from gatefit.inputs.models import (
-    InputSpec,
     ModelReference,
     build,
-    input_spec,
     load_weights,
     output_count,
     parse_reference,
     read_weights,
     skeleton,
 )
+from gatefit.inputs.spec import InputSpec, StatedInput, network_input
+from gatefit.mode import evaluating
 from gatefit.progress import OnProgress, Progress, silent
 from gatefit.recipe import FinetunePart, Recipe
-from gatefit.training.evaluate import Evaluation, evaluate
+from gatefit.training.evaluate import Evaluation, evaluate, warn_of_chance
 from gatefit.training.finetune import check_closing, check_settings, finetune, train_dense
 from gatefit.training.trainer import Epoch
 
+LOOKED_AT = 200
+"""Test images on which the original is tried before anything is trained."""
 TOLERANCE = 0.02
 """Largest distance from the target that passes without a word."""
 
@@ -122,35 +124,41 @@ def prepare(run: _Run) -> _Inputs:
     """Build the network with its weights, read the images, and decide whether the labels fit."""
     recipe = run.recipe
     part = recipe.model
-    if part.pretrained and part.weights:
-        raise RecipeError("give --pretrained or --weights, not both")
-    trained = part.pretrained or bool(part.weights)
+    if part.pretrained + bool(part.weights) + part.trained > 1:
+        raise RecipeError("give only one of --pretrained, --weights and --trained: each says where the weights are")
+    trained = part.starts_trained
     reference = parse_reference(part.name)
+    if part.trained and reference.source != "file":
+        raise RecipeError(f"--trained is for a function in a file; for {reference} pass --pretrained or --weights FILE")
     model = None
     if trained:
         reference, model = _with_weights(reference, part.pretrained, part.weights)
+    stated = StatedInput(part.image_size, part.mean, part.std)
+    expected = network_input(skeleton(reference) if model is None else model, stated)
+    run.say(str(expected))
+    if not (trained or recipe.baseline.epochs):
+        run.say(_untrained(reference))
     if not recipe.data.name:
+        how = "by distillation from the original, which needs no labels" if trained else "on its labels"
         run.say(
             "no --data given: fine-tuning on Imagenette (9,469 ImageNet images of 10 classes, fetched through "
-            "torchvision) by distillation from the original, which needs no labels"
+            f"torchvision) {how}"
         )
-    expected = input_spec(skeleton(reference) if model is None else model, part.image_size or None)
-    data = read_data(recipe.data.name, expected, recipe.data.corrupt, recipe.seed, recipe.data.limit)
+    data = read_data(
+        recipe.data.name, expected.spec, recipe.data.corrupt, recipe.seed, recipe.data.limit, expected.size_assumed
+    )
     if model is None:
         torch.manual_seed(recipe.seed)
         classes = len(data.train.classes)
         if reference.source != "file" and classes:
             reference = replace(reference, arguments={"num_classes": classes})
         model = build(reference)
-    spec = input_spec(model, part.image_size or None)
+    spec = network_input(model, stated).spec
     if trained and not recipe.data.name:
         data = data.unlabelled()  # Imagenette's classes are not the network's
     data, labelled = _fit_labels(model, data, spec, trained, run.say)
-    if not (trained or recipe.baseline.epochs):
-        run.say(
-            "note: neither --weights nor --pretrained was given, so the network counts as untrained: it learns from "
-            "labels alone, without the original as its teacher"
-        )
+    if trained and labelled:
+        _check_knows(model, data, spec)
     return _Inputs(reference, model, data, spec, labelled, trained)
 
 
@@ -248,10 +256,15 @@ def write_result(
 
 
 def _with_weights(reference: ModelReference, pretrained: bool, weights: str) -> tuple[ModelReference, nn.Module]:
-    """Build a network with weights; a head of another size than the name's default is taken from the file."""
+    """Build a network with weights; a head of another size than the name's default is taken from their file.
+
+    Without a file the user's own function has loaded them.
+    """
     if pretrained:
         return reference, build(reference, pretrained=True)
     model = build(reference)
+    if not weights:
+        return reference, model
     state, own = read_weights(Path(weights)), model.state_dict()
     odd = {k for k in own if k in state and own[k].shape != state[k].shape}
     sizes = {state[k].shape[0] for k in odd if own[k].shape[1:] == state[k].shape[1:]}
@@ -279,6 +292,31 @@ def _fit_labels(
     has = f"{classes} classes" if classes else "no labels"
     say(f"the data has {has} for {outputs} outputs: its labels are not used, distillation alone trains")
     return data.unlabelled(), False
+
+
+def _untrained(reference: ModelReference) -> str:
+    """Say what is done with a network whose weights no one has named."""
+    if reference.source == "file":
+        return (
+            "note: none of --weights, --trained and --pretrained was given, so the network counts as untrained: it "
+            "learns from labels alone, without the original as its teacher. If the function returns trained weights, "
+            "pass --trained"
+        )
+    return (
+        f"note: neither --weights nor --pretrained was given: the weights of {reference} are random, and the network "
+        "counts as untrained: it is trained on labels from the start, with its gates. For a trained one pass "
+        "--pretrained, or --weights FILE"
+    )
+
+
+@torch.no_grad()
+def _check_knows(model: nn.Module, data: Splits, spec: InputSpec) -> None:
+    """Warn, before anything is trained, of a network that only guesses the labels of some test images."""
+    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:LOOKED_AT]
+    images, labels, _ = data.test.__getitems__(order.tolist())
+    with evaluating(model):
+        answers = [model(normalise(part, spec)).argmax(1) for part in images.split(50)]
+    warn_of_chance(torch.cat(answers), labels)
 
 
 def _write_page(run: _Run, report: dict[str, Any], evaluation: Evaluation, data: Splits) -> None:

@@ -9,11 +9,13 @@ from torch import fx, nn
 
 from gatefit.commands.figures import figures
 from gatefit.commands.report.result import read_result
-from gatefit.errors import DataError, RecipeError
+from gatefit.errors import CheckpointError, DataError, RecipeError
+from gatefit.folder import CONFIG, read_config
 from gatefit.gating.checkpoint import load, load_original
 from gatefit.gating.gates import gates_of
 from gatefit.gating.info import info_of
 from gatefit.inputs.data import Splits, read_data
+from gatefit.inputs.spec import FOLDER, InputSpec, NetworkInput
 from gatefit.recipe import RECIPE, Recipe, read_recipe
 from gatefit.training.evaluate import Evaluation, evaluate
 
@@ -36,6 +38,19 @@ class Opened:
         return self.original if self.trained else None
 
 
+def input_of(folder: Path) -> NetworkInput:
+    """Read what the network of a folder takes.
+
+    Raises:
+        GatefitError: the folder cannot be read.
+    """
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read_config(folder).input.items()}
+    try:
+        return NetworkInput(InputSpec(**values), FOLDER, FOLDER, FOLDER)
+    except TypeError as error:
+        raise CheckpointError(f"{folder / CONFIG} is not one that gatefit wrote: {error}") from error
+
+
 def open_folder(folder: Path, data: str = "", skip_corrupt: bool = False) -> Opened:
     """Read a folder that `convert` wrote, with its own data or others.
 
@@ -49,7 +64,7 @@ def open_folder(folder: Path, data: str = "", skip_corrupt: bool = False) -> Ope
     corrupt = "skip" if skip_corrupt else recipe.data.corrupt
     limit = 0 if data else recipe.data.limit
     splits = read_data(data or recipe.data.name, info_of(gated).input, corrupt, recipe.seed, limit)
-    trained = recipe.model.pretrained or bool(recipe.model.weights) or recipe.baseline.epochs > 0
+    trained = recipe.model.starts_trained or recipe.baseline.epochs > 0
     reference = info_of(gated).reference
     return Opened(reference.name if reference else "", gated, load_original(folder), splits, trained)
 

@@ -1,13 +1,15 @@
 """Images and labels: an image folder, a tar of one, the digits, or any data set that timm can create."""
 
-import io
+import contextlib
+import math
 import os
-import tarfile
+import statistics
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +19,20 @@ from torch.utils.data import IterableDataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from gatefit.errors import DataError, first_line
-from gatefit.inputs.metadata import Files, with_labels
+from gatefit.errors import DataError, GatefitWarning, first_line
+from gatefit.inputs.decode import check_channels, decode
+from gatefit.inputs.listing import SPLITS, Listing, Opener, list_folder, list_tar, open_file
+from gatefit.inputs.metadata import with_labels
 from gatefit.inputs.models import InputSpec
+from gatefit.inputs.splits import counts, divide
 
 RESIDENT_BYTES = 4 << 30
 """Decoded images up to this size are held in memory, as bytes; larger sets are decoded as they are read."""
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
-TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("val", "validation", "valid", "test", "testing")
+SAMPLED = 32
+"""Images whose size is looked at where the network's is assumed."""
+SIZES_APART = 2.0
+"""Ratio of the images' size to an assumed one, or the other way round, from which the assumption is refused."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +45,19 @@ class ImageSet:
     name: str
     count: int
     read: Callable[[int], Tensor]
-    """Image i as uint8, (3, H, W)."""
+    """Image i as uint8, (C, H, W)."""
     labels: Tensor | None
     """(count,) int64, or None."""
     classes: tuple[str, ...]
     """Names of the classes; empty where they are not known."""
     resident: Tensor | None = None
-    """All images, (count, 3, H, W) uint8, where they fit."""
+    """All images, (count, C, H, W) uint8, where they fit."""
 
     def __len__(self) -> int:
         return self.count
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Read images (B, 3, H, W) uint8, labels (B,) (-1: none) and indices (B,)."""
+        """Read images (B, C, H, W) uint8, labels (B,) (-1: none) and indices (B,)."""
         index = torch.as_tensor(indices)
         images = self.resident[index] if self.resident is not None else torch.stack([self.read(i) for i in indices])
         labels = self.labels[index] if self.labels is not None else torch.full_like(index, -1)
@@ -91,7 +97,14 @@ class Splits:
         return Splits(self.train.unlabelled(), self.test.unlabelled())
 
 
-def read_data(name: str, spec: InputSpec, corrupt: str = "refuse", seed: int = 0, limit: int = 0) -> Splits:
+def read_data(
+    name: str,
+    spec: InputSpec,
+    corrupt: str = "refuse",
+    seed: int = 0,
+    limit: int = 0,
+    size_assumed: bool = False,
+) -> Splits:
     """Read a data set for a network's input.
 
     Args:
@@ -102,19 +115,26 @@ def read_data(name: str, spec: InputSpec, corrupt: str = "refuse", seed: int = 0
         corrupt: "refuse" or "skip" images that cannot be read.
         seed: of the division and of `limit`.
         limit: images of each split to use, of a stream the first ones; 0: all.
+        size_assumed: whether neither the user nor the network said for which size it was trained. Images of quite
+            another size are then refused.
 
     Raises:
-        DataError: nothing there, no images, unreadable images, or a data set that cannot be fetched.
+        DataError: nothing there, no images, unreadable images, a class without images, or a data set that cannot be
+            fetched.
     """
+    check_channels(spec)
     path = Path(name).expanduser()
     if name == "digits":
-        splits = _digits(spec)
+        splits = _digits(spec, size_assumed)
     elif name and path.is_dir():
-        files = with_labels(path, _folder_files(path), (*TRAIN_NAMES, *TEST_NAMES))
-        splits = _from_files(name, files, _open_file, spec, corrupt, seed)
+        listing = list_folder(path)
+        labelled = with_labels(path, listing.images, SPLITS)
+        if labelled is not listing.images:  # folders are no classes then
+            listing = Listing(labelled, frozenset(), listing.skipped)
+        splits = _from_files(name, listing, open_file, spec, corrupt, seed, size_assumed)
     elif name and path.is_file():
-        members, opener = _tar_files(path)
-        splits = _from_files(name, members, opener, spec, corrupt, seed)
+        listing, opener = list_tar(path)
+        splits = _from_files(name, listing, opener, spec, corrupt, seed, size_assumed)
     elif not name:
         splits = _imagenette(spec, corrupt)
     elif not name.startswith(TIMM_PREFIXES):
@@ -123,7 +143,7 @@ def read_data(name: str, spec: InputSpec, corrupt: str = "refuse", seed: int = 0
             f"or a name for timm that begins with {', '.join(TIMM_PREFIXES)}"
         )
     else:
-        splits = _from_timm(name, spec, corrupt, limit)
+        splits = _from_timm(name, spec, corrupt, limit, size_assumed)
     if limit:
         generator = torch.Generator().manual_seed(seed)
         parts = (splits.train, splits.test)
@@ -136,16 +156,17 @@ Source = Splits | ImageSet | str | Path | tuple[Tensor, Tensor]
 
 
 def as_images(data: Source, spec: InputSpec, seed: int = 0) -> Splits:
-    """Make splits from what a caller has at hand.
+    """Splits from what a caller has at hand.
 
     Args:
         data: Splits; one ImageSet, to train and evaluate on alike; a name or path (see `read_data`); or a pair of
-            images (N, 3, H, W), uint8 or already normalised floats, and labels (N,).
+            images (N, C, H, W), uint8 or already normalised floats, and class indices
+            (N,).
         spec: the network's input, for a name or path.
         seed: of the division of a set without splits.
 
     Raises:
-        DataError: it is none of these, or images and labels differ in number.
+        DataError: it is none of these, images and labels differ in number, or labels are no class indices.
     """
     if isinstance(data, Splits):
         return data
@@ -156,14 +177,27 @@ def as_images(data: Source, spec: InputSpec, seed: int = 0) -> Splits:
     if not (isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)):
         raise DataError(f"data must be a name, a folder, Splits or (images, labels), not {type(data).__name__}")
     images, labels = data
-    if images.dim() != 4 or len(images) != len(labels):
-        raise DataError(f"images {tuple(images.shape)} and labels {tuple(labels.shape)} do not fit each other")
+    _check_tensors(images, labels)
     one = ImageSet("tensors", len(images), images.__getitem__, labels.long(), (), images)
     return Splits(one, one)
 
 
+def _check_tensors(images: Tensor, labels: Tensor) -> None:
+    """Refuse images and labels that do not fit each other, or that are none."""
+    if images.dim() != 4 or not len(images) or len(images) != len(labels):
+        raise DataError(f"images {tuple(images.shape)} and labels {tuple(labels.shape)} do not fit each other")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise DataError(f"images must be uint8, or floats that are normalised, not {images.dtype}")
+    if labels.dim() != 1:
+        raise DataError(f"labels must be one class index for each image, ({len(images)},), not {tuple(labels.shape)}")
+    if labels.is_complex() or not bool((labels == labels.long()).all()):
+        raise DataError(f"labels must be class indices in whole numbers, not such {labels.dtype}")
+    if int(labels.min()) < 0:
+        raise DataError(f"labels must be class indices from 0 on; there is {int(labels.min())}: leave such images out")
+
+
 def some_images(images: ImageSet, spec: InputSpec, count: int) -> Tensor:
-    """Take `count` images, the same each time, normalised: (count, C, H, W)."""
+    """`count` images, the same each time, normalised: (count, C, H, W)."""
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     return normalise(images.__getitems__(chosen.tolist())[0], spec)
 
@@ -175,26 +209,37 @@ def hold_out(images: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSe
 
 
 def normalise(images: Tensor, spec: InputSpec) -> Tensor:
-    """Turn uint8 images (B, 3, H, W) into the float32 that the network was trained on; floats are taken as they are."""
+    """uint8 images (B, C, H, W) as the float32 that the network was trained on; floats are taken as they are."""
     if images.dtype != torch.uint8:
         return images
-    mean = torch.tensor(spec.mean, device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(spec.std, device=images.device).view(1, 3, 1, 1) * 255
+    if images.shape[1] != len(spec.mean):
+        raise DataError(f"the images have {images.shape[1]} channel(s), the network's input {len(spec.mean)} means")
+    mean = torch.tensor(spec.mean, device=images.device).view(1, -1, 1, 1) * 255
+    std = torch.tensor(spec.std, device=images.device).view(1, -1, 1, 1) * 255
     return (images.float() - mean) / std
 
 
-def _digits(spec: InputSpec) -> Splits:
+def _digits(spec: InputSpec, size_assumed: bool) -> Splits:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
+    if size_assumed:
+        _check_size("digits", 8, spec)
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-    images = torch.from_numpy(pixels).view(-1, 1, 8, 8).mul(255 / 16).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    images = (
+        torch.from_numpy(pixels)
+        .view(-1, 1, 8, 8)
+        .mul(255 / 16)
+        .round()
+        .to(torch.uint8)
+        .expand(-1, spec.shape[0], -1, -1)
+    )
     images = TF.resize(images, list(spec.shape[1:]), InterpolationMode.BILINEAR)
-    whole = ImageSet(
+    every = ImageSet(
         "digits", len(images), images.__getitem__, torch.from_numpy(labels).long(), tuple("0123456789"), images
     )
-    return Splits(*(whole.select(torch.tensor(sorted(p))) for p in parts))
+    return Splits(*(every.select(torch.tensor(sorted(p))) for p in parts))
 
 
 def _imagenette(spec: InputSpec, corrupt: str) -> Splits:
@@ -211,14 +256,11 @@ def _imagenette(spec: InputSpec, corrupt: str) -> Splits:
             "the default images (Imagenette) could not be fetched; check the network, or pass --data DIR"
         ) from error
     return Splits(
-        *(
-            _build("imagenette", [(Path(f), c) for f, c in p._samples], _open_file, p.wnids, spec, corrupt)
-            for p in parts
-        )
+        *(_build("imagenette", [(Path(f), c) for f, c in p._samples], open_file, p.wnids, spec, corrupt) for p in parts)
     )
 
 
-def _from_timm(name: str, spec: InputSpec, corrupt: str, limit: int) -> Splits:
+def _from_timm(name: str, spec: InputSpec, corrupt: str, limit: int, size_assumed: bool) -> Splits:
     from timm.data import create_dataset
 
     root = str(Path(torch.hub.get_dir()).parent / "gatefit" / "timm")
@@ -228,7 +270,7 @@ def _from_timm(name: str, spec: InputSpec, corrupt: str, limit: int) -> Splits:
             dataset = create_dataset(name, root=root, split=split, is_training=False, download=True)
             dataset.transform = None
             if isinstance(dataset, IterableDataset):
-                splits.append(_streamed(name, dataset, spec, limit))
+                splits.append(_streamed(name, dataset, spec, limit, size_assumed))
                 continue
             labels = (
                 [int(dataset[i][1]) for i in range(len(dataset))]
@@ -243,13 +285,17 @@ def _from_timm(name: str, spec: InputSpec, corrupt: str, limit: int) -> Splits:
             ) from error
         names = [str(c) for c in getattr(dataset, "classes", sorted(set(labels)))]
         items = [(i, label) for i, label in enumerate(labels)]
+        if size_assumed:
+            _check_size(name, _shorter_side(items, lambda i, d=dataset: d[i][0]), spec)  # type: ignore[misc]
         splits.append(_build(name, items, lambda i, d=dataset: d[i][0], names, spec, corrupt))  # type: ignore[misc]
     return Splits(*splits)
 
 
-def _streamed(name: str, dataset: Iterable[tuple[Image.Image, int]], spec: InputSpec, limit: int) -> ImageSet:
+def _streamed(
+    name: str, dataset: Iterable[tuple[Image.Image, int]], spec: InputSpec, limit: int, size_assumed: bool
+) -> ImageSet:
     """Hold what a stream gives in memory: training needs its images in any order."""
-    most = RESIDENT_BYTES // (3 * spec.shape[1] * spec.shape[2])
+    most = RESIDENT_BYTES // math.prod(spec.shape)
     images: list[Tensor] = []
     labels: list[int] = []
     for image, label in islice(dataset, limit or None):
@@ -258,7 +304,9 @@ def _streamed(name: str, dataset: Iterable[tuple[Image.Image, int]], spec: Input
                 f"'{name}' is a stream of more than {most} images, which do not fit into memory; "
                 "set data.limit in a recipe, or pass --data DIR"
             )
-        images.append(_decode(image, spec))
+        if size_assumed and not images:
+            _check_size(name, min(image.size), spec)
+        images.append(decode(image, spec))
         labels.append(int(label))
     if not images:
         raise DataError(f"the data set '{name}' gives no images")
@@ -267,94 +315,65 @@ def _streamed(name: str, dataset: Iterable[tuple[Image.Image, int]], spec: Input
     return ImageSet(name, len(images), resident.__getitem__, torch.tensor(labels), (), resident)
 
 
-def _folder_files(root: Path) -> Files:
-    """List (parts of the path below root, path) of every image, sorted."""
-    found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders.sort()
-        for file in sorted(files):
-            if Path(file).suffix.lower() in EXTENSIONS:
-                path = Path(folder) / file
-                found.append((path.relative_to(root).parts, path))
-    return found
-
-
-def _tar_files(path: Path) -> tuple[list[tuple[tuple[str, ...], Any]], Callable[[Any], Image.Image]]:
-    """List the images of a tar, read in place by their offsets; look into a single top folder."""
-    try:
-        with tarfile.open(path) as archive:
-            members = [m for m in archive if m.isfile() and PurePosixPath(m.name).suffix.lower() in EXTENSIONS]
-            compressed = not tarfile.is_tarfile(path) or archive.fileobj.__class__.__name__ not in (
-                "BufferedReader",
-                "FileIO",
-            )
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"'{path}' is neither an image folder nor a readable tar: {error}") from error
-    if compressed:
-        raise DataError(f"'{path}' is compressed; unpack it or pass a plain tar")
-    files = [
-        (PurePosixPath(m.name).parts, (m.name, m.offset_data, m.size)) for m in sorted(members, key=lambda m: m.name)
-    ]
-
-    def opener(source: tuple[str, int, int]) -> Image.Image:
-        with path.open("rb") as stream:
-            stream.seek(source[1])
-            return Image.open(io.BytesIO(stream.read(source[2])))
-
-    return files, opener
-
-
-def _open_file(path: Path) -> Image.Image:
-    return Image.open(path)
-
-
 def _from_files(
-    name: str,
-    files: list[tuple[tuple[str, ...], Any]],
-    opener: Callable[[Any], Image.Image],
-    spec: InputSpec,
-    corrupt: str,
-    seed: int,
+    name: str, listing: Listing, opener: Opener, spec: InputSpec, corrupt: str, seed: int, size_assumed: bool
 ) -> Splits:
-    if not files:
-        raise DataError(f"'{name}' holds no images ({', '.join(sorted(EXTENSIONS))})")
-    splits = {*TRAIN_NAMES, *TEST_NAMES}
-    while len(only := {p[0] for p, _ in files}) == 1 and not only & splits and all(len(p) > 2 for p, _ in files):
-        files = [(parts[1:], key) for parts, key in files]
-    tops = {parts[0].lower(): parts[0] for parts, _ in files if len(parts) > 1}
-    train = next((tops[t] for t in TRAIN_NAMES if t in tops), None)
-    test = next((tops[t] for t in TEST_NAMES if t in tops), None)
-    if train is None or test is None:
-        if train is not None or test is not None:
-            there, missing = (train, "val/ or test/") if train else (test, "train/")
-            raise DataError(f"'{name}' has {there}/ but no {missing}")
-        whole = _labelled(files)
-        built = _build(name, whole[0], opener, whole[1], spec, corrupt)
-        rest, held = hold_out(built, max(1, len(built) // 5), seed)
+    divided = divide(name, listing)
+    if size_assumed:
+        _check_size(name, _shorter_side(divided.parts[0].items, opener), spec)
+    built = [_build(name, part.items, opener, part.classes, spec, corrupt) for part in divided.parts]
+    for part, images in zip(divided.parts, built, strict=True):
+        _check_classes(name, part.split, images)
+    unread = sum(len(part.items) for part in divided.parts) - sum(map(len, built))
+    skipped = ["corrupt"] * unread + divided.skipped
+    if skipped:
+        read = sum(map(len, built))
+        warnings.warn(
+            f"'{name}': read {read:,} images, skipped {len(skipped):,} ({counts(skipped)})",
+            GatefitWarning,
+            stacklevel=2,
+        )
+    if len(built) == 1:
+        rest, held = hold_out(built[0], max(1, len(built[0]) // 5), seed)
         return Splits(rest, held)
-    parts = []
-    for top in (train, test):
-        chosen = [(p[1:], key) for p, key in files if p[0] == top]
-        parts.append(_labelled(chosen))
-    if parts[0][1] != parts[1][1]:
-        odd = sorted(set(parts[0][1]) ^ set(parts[1][1]))
-        raise DataError(f"'{name}': {train}/ and {test}/ have different classes ({', '.join(odd[:3])})")
-    return Splits(*(_build(name, items, opener, classes, spec, corrupt) for items, classes in parts))
+    return Splits(*built)
 
 
-def _labelled(files: list[tuple[tuple[str, ...], Any]]) -> tuple[list[tuple[Any, int]], list[str]]:
-    """Give items their labels, and the class names: the folders; images without a folder have no labels."""
-    if any(len(parts) == 1 for parts, _ in files):
-        return [(key, -1) for _, key in files], []
-    classes = sorted({parts[0] for parts, _ in files})
-    number = {c: i for i, c in enumerate(classes)}
-    return [(key, number[parts[0]]) for parts, key in files], classes
+def _check_classes(name: str, split: str, images: ImageSet) -> None:
+    """Refuse a set of which a whole class cannot be read."""
+    if images.labels is None:
+        return
+    counted = torch.bincount(images.labels, minlength=len(images.classes))
+    empty = [label for label, count in zip(images.classes, counted.tolist(), strict=True) if not count]
+    if empty:
+        where = f"{split}/ of '{name}'" if split else f"'{name}'"
+        raise DataError(f"no image of class '{empty[0]}' in {where} can be read; repair them, or remove the class")
+
+
+def _shorter_side(items: Sequence[tuple[Any, int]], opener: Opener) -> int | None:
+    """Find the median of the shorter sides of some images as they are stored; None: none of them can be opened."""
+    sides = []
+    for source, _ in items[:: max(1, len(items) // SAMPLED)]:
+        with contextlib.suppress(Exception):  # `_build` says what cannot be read
+            sides.append(min(opener(source).size))
+    return int(statistics.median(sides)) if sides else None
+
+
+def _check_size(name: str, side: int | None, spec: InputSpec) -> None:
+    """Refuse images of quite another size than the one that was assumed of the network."""
+    assumed = min(spec.shape[1:])
+    if side is not None and max(side / assumed, assumed / side) >= SIZES_APART:
+        raise DataError(
+            f"the images of '{name}' measure {side} pixels (shorter side), and no one said for which size the network "
+            f"was trained: {assumed} was assumed; pass --image-size N (in a recipe model.image_size), or set "
+            "pretrained_cfg on the network"
+        )
 
 
 def _build(
     name: str,
     items: list[tuple[Any, int]],
-    opener: Callable[[Any], Image.Image],
+    opener: Opener,
     classes: Sequence[str],
     spec: InputSpec,
     corrupt: str,
@@ -364,7 +383,7 @@ def _build(
     def read(source: Any) -> Tensor:
         label = source[0] if isinstance(source, tuple) else source
         try:
-            return _decode(opener(source), spec)
+            return decode(opener(source), spec)
         except Exception as error:
             raise DataError(
                 f"the image '{label}' cannot be read ({error}); repair or remove it, or pass --skip-corrupt"
@@ -378,9 +397,8 @@ def _build(
                 raise
             return None
 
-    size = 3 * spec.shape[1] * spec.shape[2]
     resident = None
-    if len(items) * size <= RESIDENT_BYTES:
+    if len(items) * math.prod(spec.shape) <= RESIDENT_BYTES:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             decoded = list(pool.map(read_or_none, [source for source, _ in items]))
         items = [item for item, image in zip(items, decoded, strict=True) if image is not None]
@@ -398,16 +416,3 @@ def _build(
         classes=tuple(str(c) for c in classes),
         resident=resident,
     )
-
-
-def _decode(image: Image.Image, spec: InputSpec) -> Tensor:
-    """Resize the shorter side, crop the centre; an image of the right size stays as it is."""
-    height, width = spec.shape[1:]
-    image = image.convert("RGB")
-    if image.size != (width, height):
-        scale = max(height / spec.crop / image.height, width / spec.crop / image.width)
-        size = (max(height, round(image.height * scale)), max(width, round(image.width * scale)))
-        image = TF.resize(image, list(size), InterpolationMode(spec.interpolation))
-        image = TF.center_crop(image, [height, width])
-    tensor: Tensor = TF.pil_to_tensor(image)
-    return tensor

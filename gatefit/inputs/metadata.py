@@ -69,7 +69,12 @@ def _read(file: Path) -> dict[str, str]:
         missing = [column for column in COLUMNS if row.get(column) in (None, "")]
         if missing:
             raise DataError(f"'{file}' needs the columns file_name and label in each row; one has no {missing[0]}")
-    return {str(row["file_name"]): str(row["label"]) for row in rows}
+    labels: dict[str, str] = {}
+    for row in rows:
+        image, label = str(row["file_name"]), str(row["label"])
+        if labels.setdefault(image, label) != label:
+            raise DataError(f"'{file}' labels '{image}' both '{labels[image]}' and '{label}'; keep one row")
+    return labels
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Networks by name: timm, torchvision, or a function in the user's own file; and weights for them."""
 
+import ast
 import difflib
 import fnmatch
 import importlib.util
@@ -16,10 +17,10 @@ import torchvision
 from torch import Tensor, nn
 
 from gatefit.errors import ModelError, first_line
+from gatefit.inputs.spec import InputSpec
+from gatefit.inputs.spec import input_spec as input_spec
 from gatefit.mode import evaluating
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 HUB = "hf-hub:"
 """What timm's names of networks on the Hugging Face Hub begin with."""
 
@@ -41,18 +42,6 @@ class ModelReference:
         return self.name if self.source == "file" or self.on_hub else f"{self.source}/{self.name}"
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """What a network takes: image shape (C, H, W), and the normalisation and crop that it was trained with."""
-
-    shape: tuple[int, int, int]
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    crop: float = 0.875
-    """Share of the resized image's side that the centre crop keeps."""
-    interpolation: str = "bicubic"
-
-
 def parse_reference(text: str, base: Path | None = None) -> ModelReference:
     """Read "NAME", "timm/NAME", "torchvision/NAME", "hf-hub:USER/NAME" or "file.py:function" (relative to `base`).
 
@@ -64,14 +53,14 @@ def parse_reference(text: str, base: Path | None = None) -> ModelReference:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", repository):
             raise ModelError(f"'{text}' names no network on the Hugging Face Hub; write {HUB}USER/NAME")
         return ModelReference("timm", HUB + repository)
-    if ".py:" in text:
+    if ".py:" in text and not text.endswith(".py:"):
         path, function = text.rsplit(":", 1)
         file = Path(path) if base is None or Path(path).is_absolute() else base / path
         if not file.is_file():
             raise ModelError(f"no file '{file}' for the model '{text}'")
         return ModelReference("file", f"{file}:{function}")
-    if text.endswith(".py"):
-        raise ModelError(f"'{text}' is a file; name the function in it that builds the network: {text}:FUNCTION")
+    if text.endswith((".py", ".py:")):
+        raise ModelError(_function_missing(text.removesuffix(":")))
     source, _, name = text.rpartition("/")
     if source == "torchvision" or (not source and not timm.is_model(name) and name in _torchvision_names()):
         if name in _torchvision_names():
@@ -85,8 +74,22 @@ def parse_reference(text: str, base: Path | None = None) -> ModelReference:
     raise ModelError(f"no model '{text}' in {source or 'timm or torchvision'}{hint}")
 
 
+def _function_missing(text: str) -> str:
+    """Say what a file offers, without running it, to a user who named none of it."""
+    message = f"'{text}' is a file; name the function in it that builds the network"
+    try:
+        tree = ast.parse(Path(text).read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return f"{message}: {text}:FUNCTION"
+    kinds = ast.FunctionDef | ast.ClassDef
+    names = [node.name for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+    if not names:
+        return f"{message}; it has none"
+    return f"{message}: add :FUNCTION; it has {', '.join(names[:10])}"
+
+
 def names_like(pattern: str) -> list[str]:
-    """List names of timm and torchvision, qualified, that contain `pattern` or fit it as a shell pattern ("resnet*d").
+    """Names of timm and torchvision, qualified, that contain `pattern` or fit it as a shell pattern ("resnet*d").
 
     Raises:
         ModelError: there is none.
@@ -204,7 +207,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a weight file by key; torch files are read with weights_only."""
+    """Tensors of a weight file by key; torch files are read with weights_only."""
     if not file.is_file():
         raise ModelError(f"no weight file '{file}'")
     try:
@@ -221,23 +224,6 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return {k.removeprefix("module."): v for k, v in state.items()}
 
 
-def input_spec(model: nn.Module, image_size: int | None = None) -> InputSpec:
-    """Find a network's input: from its `pretrained_cfg` (timm's convention, open to own networks), else ImageNet's."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    shape = tuple(config.get("input_size", (3, 224, 224)))
-    if image_size is not None:
-        shape = (shape[0], image_size, image_size)
-    if shape[0] != 3:
-        raise ModelError(f"the network takes {shape[0]} channels; gatefit reads RGB images")
-    return InputSpec(
-        shape=shape,
-        mean=tuple(config.get("mean", IMAGENET_MEAN)),
-        std=tuple(config.get("std", IMAGENET_STD)),
-        crop=float(config.get("crop_pct") or 0.875),
-        interpolation=str(config.get("interpolation") or "bicubic"),
-    )
-
-
 @torch.no_grad()
 def output_count(model: nn.Module, spec: InputSpec) -> int:
     """Count the classes that a network tells apart.
@@ -251,8 +237,8 @@ def output_count(model: nn.Module, spec: InputSpec) -> int:
             logits = model(torch.zeros(1, *spec.shape, device=parameter.device, dtype=parameter.dtype))
     except Exception as error:
         raise ModelError(
-            f"the network does not take images of {spec.shape[1]}x{spec.shape[2]} pixels "
-            f"({first_line(error)[:120]}); set model.image_size"
+            f"the network does not take images of {'x'.join(map(str, spec.shape))} (channels, height, width) "
+            f"({first_line(error)[:120]}); pass --image-size N (in a recipe model.image_size)"
         ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ModelError("the network does not return one row of logits for each image")

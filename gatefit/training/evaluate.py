@@ -1,12 +1,14 @@
 """Accuracy, agreement with the original, and what each image really runs."""
 
 import copy
+import math
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.errors import DataError
+from gatefit.errors import DataError, GatefitWarning, ModelError
 from gatefit.gating.cost import GateDecider
 from gatefit.gating.info import info_of
 from gatefit.inputs.data import Source, as_images, normalise
@@ -16,6 +18,8 @@ from gatefit.mode import evaluating
 from gatefit.progress import OnProgress, Progress, silent
 
 BATCH = 250
+FEWEST_IMAGES = 20
+"""With fewer, the accuracy does not tell guessing from knowing."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def evaluate(
         on_progress: called after each batch, with the images done.
 
     Raises:
-        DataError: there are no images.
+        DataError: there are no images, or pixels or the network's answers are not finite.
+        ModelError: the teacher has other outputs than the gated network.
     """
     spec = info_of(gated).input
     images = as_images(data, spec).test
@@ -94,21 +99,22 @@ def evaluate(
     decider = GateDecider(gated)
     costs = decider.costs(spec.shape)
     teacher = copy.deepcopy(teacher).to(device).eval() if teacher is not None else None
-    same = dense_right = 0
-    sequential, parallel, answers, truth = [], [], [], []
+    sequential, parallel, answers, dense_answers, truth = [], [], [], [], []
     opened_masks: dict[str, list[Tensor]] = {name: [] for name in costs.parents}
     indices = torch.arange(len(images)).split(BATCH)
     done = 0
     with evaluating(gated):
         for batch, labels, _ in loader(images, [i.tolist() for i in indices]):
             x = normalise(batch.to(device), spec)
-            answer = gated(x).argmax(1).cpu()
-            answers.append(answer)
+            _check_finite(x, "pixels", done)
+            logits = gated(x)
+            _check_finite(logits, "answers of the network", done)
+            answers.append(logits.argmax(1).cpu())
             truth.append(labels)
             if teacher is not None:
-                wanted = teacher(x).argmax(1).cpu()
-                same += int((answer == wanted).sum())
-                dense_right += int((wanted == labels).sum())
+                wanted = teacher(x)
+                _check_teacher(wanted, logits)
+                dense_answers.append(wanted.argmax(1).cpu())
             decided = decider.decisions()
             sequential.append(costs.per_image(decided).cpu())
             parallel.append(costs.per_image(decided, "parallel").cpu())
@@ -119,11 +125,14 @@ def evaluate(
             on_progress(Progress("evaluate", done, len(images)))
     masks = {name: torch.cat(parts) for name, parts in opened_masks.items()}
     macs, answered, labels = torch.cat(sequential), torch.cat(answers), torch.cat(truth)
+    dense_answered = torch.cat(dense_answers) if teacher is not None else None
+    if labelled and dense_answered is not None:
+        warn_of_chance(dense_answered, labels)
     return Evaluation(
         images=len(images),
-        accuracy=int((answered == labels).sum()) / len(images) if labelled else None,
-        agreement=same / len(images) if teacher is not None else None,
-        dense_accuracy=dense_right / len(images) if labelled and teacher is not None else None,
+        accuracy=_share_equal(answered, labels) if labelled else None,
+        agreement=None if dense_answered is None else _share_equal(answered, dense_answered),
+        dense_accuracy=_share_equal(dense_answered, labels) if labelled and dense_answered is not None else None,
         dense_macs=costs.dense,
         macs_sequential=float(macs.mean()),
         macs_parallel=float(torch.cat(parallel).mean()),
@@ -134,6 +143,50 @@ def evaluate(
         labels=labels if labelled else None,
         masks=masks,
     )
+
+
+def warn_of_chance(answers: Tensor, labels: Tensor) -> None:
+    """Warn where a trained network's accuracy is one that guessing reaches: its input or its classes are then wrong.
+
+    Guessing is right as often as answers and labels would agree if they were independent (as in Cohen's kappa).
+
+    Args:
+        answers: top classes of the original network, (N,) int64.
+        labels: true classes, (N,) int64.
+    """
+    count = len(labels)
+    if count < FEWEST_IMAGES or len(labels.unique()) < 2:
+        return
+    classes = int(torch.maximum(answers, labels).max()) + 1
+    shares = [torch.bincount(of, minlength=classes) / count for of in (answers, labels)]
+    chance, accuracy = float(shares[0] @ shares[1]), _share_equal(answers, labels)
+    if accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / count):
+        warnings.warn(
+            f"the original's accuracy on {count:,} labelled images is {100 * accuracy:.1f} %, that of guessing: either "
+            "its input is another (check size, mean and std: --image-size, --mean, --std, or pretrained_cfg on the "
+            "network), or the classes have another order (folders are numbered alphabetically)",
+            GatefitWarning,
+            stacklevel=3,
+        )
+
+
+def _share_equal(some: Tensor, others: Tensor) -> float:
+    return int((some == others).sum()) / len(some)
+
+
+def _check_finite(values: Tensor, what: str, done: int) -> None:
+    if not (ok := values.isfinite().flatten(1).all(1)).all():
+        raise DataError(
+            f"{what} are NaN or infinite for image {done + int((~ok).nonzero()[0])}; check data and weights"
+        )
+
+
+def _check_teacher(wanted: Tensor, logits: Tensor) -> None:
+    if wanted.shape != logits.shape:
+        raise ModelError(
+            f"the teacher gives {tuple(wanted.shape[1:])} outputs and the gated network {tuple(logits.shape[1:])}; "
+            "pass the network that it was made from"
+        )
 
 
 def _use(name: str, masks: Tensor) -> GateUse:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import fx, nn
 
-from gatefit.errors import RecipeError
+from gatefit.errors import ModelError, RecipeError
 from gatefit.gating.cost import costs_of
 from gatefit.gating.gates import gates_of
 from gatefit.gating.info import info_of
@@ -64,13 +64,19 @@ def finetune(
 
     Raises:
         RecipeError: contradictory settings, or a target that cannot be reached.
+        ModelError: the teacher has other outputs than the gated network.
         TrainingError: the loss is not finite.
         CheckpointError: `checkpoint` is damaged or cannot be written.
     """
     spec = info_of(gated).input
     images = as_images(data, spec, seed).train
-    if not images.fits(output_count(gated, spec)):
+    outputs = output_count(gated, spec)
+    if not images.fits(outputs):
         images = images.unlabelled()
+    if teacher is not None and (theirs := output_count(teacher, spec)) != outputs:
+        raise ModelError(
+            f"the teacher has {theirs} outputs and the gated network {outputs}; pass the network that it was made from"
+        )
     loop, closing = settings or FinetunePart(), closing or ClosingPart()
     if l1 is not None or target is not None:
         closing = replace(closing, l1=l1, target=target)

@@ -215,7 +215,7 @@ def test_models():
     ("arguments", "message"),
     [
         (["resnet81", "--l1", "1e-4", "--data", "digits"], "did you mean resnet"),
-        (["torchvision/vgg11", "--l1", "1e-4", "--data", "digits"], "no residual block"),
+        (["torchvision/vgg11", "--l1", "1e-4", "--data", "digits", "--image-size", "32"], "no residual block"),
         (["test_resnet", "--l1", "-1", "--data", "digits"], "l1 must be 0 or more"),
         (["test_resnet", "--l1", "1", "--target", "0.5"], "not both"),
         (["test_resnet", "--target", "5", "--data", "digits"], "between 0 and 1"),
@@ -225,7 +225,7 @@ def test_models():
         (["test_resnet", "--l1", "1", "--recipe", "/nowhere.toml"], "cannot be read"),
         (["test_resnet", "--l1", "1", "--weights", "/nowhere.safetensors"], "no weight file"),
         (["test_resnet", "--l1", "1", "--device", "abacus"], "--device must be"),
-        (["test_resnet", "--l1", "1", "--weights", "x", "--pretrained"], "not both"),
+        (["test_resnet", "--l1", "1", "--weights", "x", "--pretrained"], "give only one of"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line_and_leaves_nothing(arguments, message, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gatefit.errors import DataError
+from gatefit.errors import DataError, GatefitWarning
 from gatefit.inputs.data import as_images, hold_out, normalise, read_data
 from gatefit.inputs.models import InputSpec
 
@@ -78,7 +78,8 @@ def test_corrupt_images_are_named_or_skipped(tmp_path):
     (root / "train" / "cat" / "1.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"1\.png' cannot be read.*--skip-corrupt"):
         read_data(str(root), SPEC)
-    splits = read_data(str(root), SPEC, corrupt="skip")
+    with pytest.warns(GatefitWarning, match=r"read 11 images, skipped 1 \(1 corrupt\)"):
+        splits = read_data(str(root), SPEC, corrupt="skip")
     assert len(splits.train) == 5 and splits.train.labels.tolist() == [0, 0, 1, 1, 1]
 
 

@@ -1,12 +1,13 @@
 """`gatefit bench`."""
 
+import functools
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gatefit.commands.cli.session import Json, print_json, session
+from gatefit.commands.cli.session import LARGEST_BATCH, ImageSize, Json, Mean, Std, numbers, print_json, session
 from gatefit.errors import GatefitError
 from gatefit.formats import model_title
 
@@ -20,6 +21,9 @@ def bench(
     what_if: Annotated[
         float | None, typer.Option(help="Share of the MACs that random gates leave. 1: gates that close nothing.")
     ] = None,
+    image_size: ImageSize = 0,
+    mean: Mean = "",
+    std: Std = "",
     threads: Annotated[int, typer.Option(help="CPU threads. 0: as many as torch takes.")] = 0,
     rounds: Annotated[int, typer.Option(help="Rounds. Each runs every engine once.")] = 60,
     as_json: Json = False,
@@ -30,17 +34,18 @@ def bench(
     not read. All forms run in turns.
     """
     with session(f"bench {model_title(network)}") as stdout:
-        sizes = [int(b) if b.strip().isdigit() else 0 for b in batch.split(",")]
-        if not all(sizes):
-            raise GatefitError(f"--batch must be sizes with commas between, such as 1,8, not '{batch}'")
+        sizes = _sizes(batch)
         from rich.console import Console
 
         from gatefit.commands.bench import run_bench
         from gatefit.commands.display import show_bench
         from gatefit.commands.report.result import BENCH
         from gatefit.files import write_json
+        from gatefit.inputs.spec import StatedInput
 
-        timings, rows = run_bench(network, data, sizes, what_if, threads, rounds)
+        stated = StatedInput(image_size, numbers("--mean", mean), numbers("--std", std))
+        say = functools.partial(typer.echo, err=True)
+        timings, rows = run_bench(network, data, sizes, what_if, threads, rounds, stated, say)
         measured = {"rows": [asdict(r) for r in rows], "engines": [asdict(t) for t in timings]}
         if as_json:
             print_json(stdout, measured)
@@ -51,3 +56,11 @@ def bench(
                 write_json(Path(network) / BENCH, measured)
             except GatefitError as error:
                 Console(stderr=True, markup=False).print(f"note: not kept for the report: {error}", soft_wrap=True)
+
+
+def _sizes(text: str) -> list[int]:
+    """Read the values of --batch."""
+    sizes = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if not 1 <= min(sizes) <= max(sizes) <= LARGEST_BATCH:
+        raise GatefitError(f"--batch must be sizes from 1 to {LARGEST_BATCH} with commas between, not '{text}'")
+    return sizes

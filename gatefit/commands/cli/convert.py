@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from gatefit.commands.cli.session import SkipCorrupt, choose_device, is_main, print_json, session
+from gatefit.commands.cli.session import Mean, SkipCorrupt, Std, choose_device, is_main, numbers, print_json, session
 from gatefit.errors import RecipeError
-from gatefit.formats import model_title
+from gatefit.formats import folder_name, model_title
 from gatefit.progress import Progress
 from gatefit.recipe import Recipe, read_recipe, with_settings
 
@@ -31,6 +31,12 @@ def convert(
     ] = "",
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Fetch the weights through timm.")] = False,
     weights: Annotated[str, typer.Option(help="A .safetensors file or a torch state dict.")] = "",
+    trained: Annotated[
+        bool, typer.Option("--trained", help="The function returns a network that holds its trained weights.")
+    ] = False,
+    image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels. 0: the network's own.")] = None,
+    mean: Mean = "",
+    std: Std = "",
     data: Annotated[str, typer.Option(help="An image folder, a tar file, 'digits', or a name that timm knows.")] = "",
     l1: Annotated[float | None, typer.Option(help="Weight of a penalty on open gates, instead of --target.")] = None,
     target: Annotated[
@@ -66,7 +72,7 @@ def convert(
 
     --set overrides the other options, and they override the recipe.
     """
-    name = (recipe.stem if recipe else model.replace("/", "-").replace(".py:", "-")) or "model"
+    name = recipe.stem if recipe else folder_name(model)
     folder = out or Path("runs") / name
     last: list[Progress] = []
 
@@ -85,6 +91,10 @@ def convert(
                 name=_absolute(model) or None,
                 pretrained=pretrained or None,
                 weights=_absolute(weights) or None,
+                trained=trained or None,
+                image_size=image_size,
+                mean=numbers("--mean", mean) or None,
+                std=numbers("--std", std) or None,
             ),
             data=_override(chosen.data, name=_absolute(data) or None, corrupt="skip" if skip_corrupt else None),
             gates=_override(chosen.gates, kinds=gates.value if gates else None),
@@ -153,8 +163,14 @@ def _absolute(value: str) -> str:
     """Make a path that exists absolute, so that the written recipe holds anywhere; leave names as they are."""
     path, colon, function = value.rpartition(".py:")
     if colon:
-        return f"{Path(path + '.py').absolute()}:{function}"
-    return str(Path(value).expanduser().absolute()) if value and Path(value).expanduser().exists() else value
+        return f"{_normalised(Path(path + '.py'))}:{function}"
+    return str(_normalised(Path(value))) if value and Path(value).expanduser().exists() else value
+
+
+def _normalised(path: Path) -> Path:
+    """Take "." and ".." out of a path; the last name stays as it is, also if it is a link."""
+    path = path.expanduser()
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
 def _override(part: Any, **values: Any) -> Any:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from gatefit.commands.cli.session import Folder, SkipCorrupt, session
+from gatefit.commands.cli.session import LARGEST_BATCH, Folder, SkipCorrupt, say_input, session
+from gatefit.errors import DeployError
 
 
 class Backends(StrEnum):
@@ -57,6 +58,10 @@ def deploy(
         from gatefit.commands.display import show_deployment
         from gatefit.commands.opened import open_folder
 
+        for name, value in (("--batch", batch), ("--masks", masks)):
+            if not 1 <= value <= LARGEST_BATCH:
+                raise DeployError(f"{name} must lie between 1 and {LARGEST_BATCH}, not {value}")
+        say_input(folder)
         opened = open_folder(folder, data, skip_corrupt)
         prune = prune_unused or harvest
         deployment = deploy_folder(folder, opened, backend.value, masks, prune, batch, out, placement.value)

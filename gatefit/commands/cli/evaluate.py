@@ -1,6 +1,16 @@
 """`gatefit evaluate`."""
 
-from gatefit.commands.cli.session import Data, Device, Folder, Json, SkipCorrupt, choose_device, print_json, session
+from gatefit.commands.cli.session import (
+    Data,
+    Device,
+    Folder,
+    Json,
+    SkipCorrupt,
+    choose_device,
+    print_json,
+    say_input,
+    session,
+)
 
 
 def evaluate(
@@ -17,6 +27,7 @@ def evaluate(
         from gatefit.commands.display import show_report
         from gatefit.commands.opened import evaluate_folder
 
+        say_input(folder)
         _, report = evaluate_folder(folder, data, skip_corrupt)
         if as_json:
             print_json(stdout, report)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gatefit.commands.cli.session import Json, print_json, session
-from gatefit.errors import ConversionError, GatefitError
+from gatefit.commands.cli.session import ImageSize, Json, Mean, Std, numbers, print_json, session
+from gatefit.errors import ConversionError
 from gatefit.formats import model_title
 
 if TYPE_CHECKING:
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name in timm or torchvision, or file.py:function.")],
-    image_size: Annotated[int, typer.Option(help="Side of the input in pixels. 0: the network's own.")] = 0,
+    image_size: ImageSize = 0,
+    mean: Mean = "",
+    std: Std = "",
     as_json: Json = False,
 ) -> None:
     """Show which blocks of a network can be gated.
@@ -24,18 +26,19 @@ def inspect(
     reason stands beside each addition that cannot be gated.
     """
     with session(f"inspect {model_title(model)}") as stdout:
-        if image_size < 0:
-            raise GatefitError(f"--image-size must be positive, not {image_size}")
         import torch
         from rich.console import Console
 
         from gatefit.commands.display import show_blocks
         from gatefit.gating.insert import find_blocks, no_block_message
-        from gatefit.inputs.models import build, input_spec, parse_reference
+        from gatefit.inputs.models import build, parse_reference
+        from gatefit.inputs.spec import StatedInput, network_input
 
+        stated = StatedInput(image_size, numbers("--mean", mean), numbers("--std", std))
         network = build(parse_reference(model))
-        shape = input_spec(network, image_size or None).shape
-        found = find_blocks(network, torch.zeros(2, *shape))
+        taken = network_input(network, stated)
+        typer.echo(str(taken), err=True)
+        found = find_blocks(network, torch.zeros(2, *taken.spec.shape))
         if as_json:
             print_json(stdout, {"model": model, **_plain(found)})
         else:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gatefit.commands.cli.session import Data, Device, SkipCorrupt, choose_device, session
+from gatefit.commands.cli.session import Data, Device, SkipCorrupt, choose_device, say_input, session
 
 
 def report(
@@ -33,5 +33,6 @@ def report(
 
         from gatefit.commands.opened import report_folders
 
+        say_input(folders[0])
         page = report_folders(folders, data, skip_corrupt, block)
         Console(file=stdout, markup=False).print(f"written: {page}", soft_wrap=True)

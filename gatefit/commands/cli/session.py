@@ -12,12 +12,23 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from gatefit.errors import GatefitError
+from gatefit.errors import GatefitError, GatefitWarning
 
+LARGEST_BATCH = 4096
 PACKAGE = Path(__file__).parents[2]
 
 Data = Annotated[str, typer.Option(help="Other images. Default: those of the conversion.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+ImageSize = Annotated[int, typer.Option(help="Side of the input in pixels. 0: the network's own.")]
+Mean = Annotated[
+    str,
+    typer.Option(
+        metavar="X[,X,X]",
+        help="Mean of the pixels, from 0 to 1, that the network was trained with: one value, or one for each channel. "
+        "Default: the network's own.",
+    ),
+]
+Std = Annotated[str, typer.Option(metavar="X[,X,X]", help="Standard deviation of the pixels, in the same way.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that gatefit convert wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Skip images that cannot be read.")]
@@ -61,23 +72,51 @@ def session(command: str, out: Path | None = None, position: Callable[[], str] =
 
 @contextmanager
 def _notes() -> Iterator[None]:
-    """Show gatefit's own FutureWarnings, such as of old recipe keys, as one line each."""
+    """Show gatefit's own warnings, such as of old recipe keys or skipped images, as one line each."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def note(message: Any, category: Any, filename: str, *more: Any, **named: Any) -> None:
-            if not (issubclass(category, FutureWarning) and Path(filename).is_relative_to(PACKAGE)):
+            old_name = issubclass(category, FutureWarning) and Path(filename).is_relative_to(PACKAGE)
+            if not (old_name or issubclass(category, GatefitWarning)):
                 show(message, category, filename, *more, **named)
             elif is_main():
                 typer.echo(f"note: {_one_line(message)}", err=True)
 
         warnings.showwarning = note
         warnings.filterwarnings("always", category=FutureWarning, module=r"gatefit\.")
+        warnings.filterwarnings("always", category=GatefitWarning)
         yield
 
 
 def _one_line(message: Any) -> str:
     return " ".join(str(message).split())
+
+
+def say_input(folder: Path) -> None:
+    """Say in one line what the network of a folder takes.
+
+    Raises:
+        GatefitError: the folder cannot be read.
+    """
+    from gatefit.commands.opened import input_of
+
+    if is_main():
+        typer.echo(str(input_of(folder)), err=True)
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """Read the values of --mean or --std; nothing where it is not given.
+
+    Raises:
+        GatefitError: there is something else than numbers in it.
+    """
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise GatefitError(
+            f"{option} must be a number, or one for each channel such as 0.5,0.5,0.5: not '{text}'"
+        ) from None
 
 
 def print_json(stream: TextIO, value: Any) -> None:
