@@ -7,14 +7,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jsonschema
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from gatefit.errors import CheckpointError, GatefitError, first_line
+
+_OF_OTHER_VERSIONS = ("required", "additionalProperties")
 
 
 @contextmanager
@@ -78,21 +82,47 @@ def to_json(value: Any) -> str:
         raise CheckpointError(f"this cannot be written as JSON: {first_line(error)}") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, schema: str = "") -> Any:
     """Read a JSON file.
 
+    Args:
+        path: the file.
+        schema: name of the JSON Schema in the package that its values have to fit, such as "report"; keys that are
+            missing, or more than it knows, are another version's and pass. Empty: any value.
+
     Raises:
-        CheckpointError: it is missing or is not JSON, or a number in it is not finite or needs more than 64 bits.
+        CheckpointError: it is missing or is not JSON, a number in it is not finite or needs more than 64 bits, or a
+            value does not fit.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_int64)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_int64)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"no file '{path}'; is '{path.parent}' a folder that gatefit wrote?") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({first_line(error)[:160]}); write it anew") from error
+    if schema:
+        check_schema(path, value, schema)
+    return value
+
+
+def check_schema(path: Path, value: Any, schema: str) -> None:
+    """Refuse values of a JSON file that do not fit its schema, see `read_json`.
+
+    Raises:
+        CheckpointError: one does not; the first is named.
+    """
+    content = json.loads(files("gatefit").joinpath("schemas", f"{schema}.schema.json").read_text(encoding="utf-8"))
+    wrong = jsonschema.Draft202012Validator(content).iter_errors(value)
+    misfit = jsonschema.exceptions.best_match(e for e in wrong if e.validator not in _OF_OTHER_VERSIONS)
+    if misfit is not None:
+        where = "".join(f"[{p!r}]" if isinstance(p, int) else f".{p}" for p in misfit.absolute_path)
+        raise CheckpointError(
+            f"{path} is not one that gatefit wrote: {where.lstrip('.') or 'its content'} does not fit "
+            f"({first_line(ValueError(misfit.message))[:120]})"
+        )
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -114,8 +144,12 @@ def _int64(text: str) -> int:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, with text beside them where given, atomically."""
-    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    write_atomically(path, lambda file: safetensors.torch.save_file(plain, file, metadata))
+    write_atomically(path, lambda file: safetensors.torch.save_file(plain_tensors(tensors), file, metadata))
+
+
+def plain_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to where safetensors takes them: each contiguous, on the CPU, with memory of its own."""
+    return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
 
 
 def tensors_digest(tensors: dict[str, Tensor], text: str) -> str:

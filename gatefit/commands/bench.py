@@ -24,7 +24,13 @@ IMAGES = 64
 
 
 def run_bench(
-    network: str, data: str, batches: list[int], what_if: float | None, threads: int, rounds: int
+    network: str,
+    data: str,
+    batches: list[int],
+    what_if: float | None,
+    threads: int,
+    rounds: int,
+    trust_code: bool = False,
 ) -> tuple[list[Timing], list[Row]]:
     """Time a folder or model, see `gatefit.deployment.bench.timing.bench`; the number of threads is put back.
 
@@ -36,7 +42,7 @@ def run_bench(
         torch.set_num_threads(threads)
     try:
         if Path(network).is_dir():
-            original, gated, images = _folder(Path(network), data)
+            original, gated, images = _folder(Path(network), data, trust_code)
         elif what_if is None:
             raise DeployError(f"'{network}' is no folder; a model that is not converted needs --what-if SHARE")
         else:
@@ -56,8 +62,8 @@ def run_bench(
         torch.set_num_threads(before)
 
 
-def _folder(folder: Path, data: str) -> tuple[nn.Module, fx.GraphModule, Tensor]:
-    opened = open_folder(folder, data)
+def _folder(folder: Path, data: str, trust_code: bool) -> tuple[nn.Module, fx.GraphModule, Tensor]:
+    opened = open_folder(folder, data, trust_code=trust_code)
     if opened.original is None:
         raise DeployError(f"{folder} does not hold the original network to compare with")
     return opened.original, opened.gated, some_images(opened.data.train, info_of(opened.gated).input, IMAGES)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gatefit.commands.cli.session import Json, print_json, session
+from gatefit.commands.cli.session import Json, TrustCode, print_json, session
 from gatefit.errors import GatefitError
 from gatefit.formats import model_title
 
@@ -22,6 +22,7 @@ def bench(
     ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads. 0: as many as torch takes.")] = 0,
     rounds: Annotated[int, typer.Option(help="Rounds. Each runs every engine once.")] = 60,
+    trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
     """Time a network with gates beside the original's fastest forms.
@@ -40,7 +41,7 @@ def bench(
         from gatefit.commands.report.result import BENCH
         from gatefit.files import write_json
 
-        timings, rows = run_bench(network, data, sizes, what_if, threads, rounds)
+        timings, rows = run_bench(network, data, sizes, what_if, threads, rounds, trust_code)
         measured = {"rows": [asdict(r) for r in rows], "engines": [asdict(t) for t in timings]}
         if as_json:
             print_json(stdout, measured)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gatefit.commands.cli.session import Folder, SkipCorrupt, session
+from gatefit.commands.cli.session import Folder, SkipCorrupt, TrustCode, session
 
 
 class Backends(StrEnum):
@@ -43,6 +43,7 @@ def deploy(
     ] = Placements.sequential,
     out: Annotated[Path | None, typer.Option(help="The ONNX file. Default: FOLDER/model.onnx.")] = None,
     skip_corrupt: SkipCorrupt = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Make a converted network fast: only what an image needs runs.
 
@@ -57,7 +58,7 @@ def deploy(
         from gatefit.commands.display import show_deployment
         from gatefit.commands.opened import open_folder
 
-        opened = open_folder(folder, data, skip_corrupt)
+        opened = open_folder(folder, data, skip_corrupt, trust_code)
         prune = prune_unused or harvest
         deployment = deploy_folder(folder, opened, backend.value, masks, prune, batch, out, placement.value)
         console = Console(file=stdout, markup=False)

@@ -1,10 +1,25 @@
 """`gatefit evaluate`."""
 
-from gatefit.commands.cli.session import Data, Device, Folder, Json, SkipCorrupt, choose_device, print_json, session
+from gatefit.commands.cli.session import (
+    Data,
+    Device,
+    Folder,
+    Json,
+    SkipCorrupt,
+    TrustCode,
+    choose_device,
+    print_json,
+    session,
+)
 
 
 def evaluate(
-    folder: Folder, data: Data = "", device: Device = "", skip_corrupt: SkipCorrupt = False, as_json: Json = False
+    folder: Folder,
+    data: Data = "",
+    device: Device = "",
+    skip_corrupt: SkipCorrupt = False,
+    trust_code: TrustCode = False,
+    as_json: Json = False,
 ) -> None:
     """Measure accuracy and MACs per image of a converted network.
 
@@ -17,7 +32,7 @@ def evaluate(
         from gatefit.commands.display import show_report
         from gatefit.commands.opened import evaluate_folder
 
-        _, report = evaluate_folder(folder, data, skip_corrupt)
+        _, report = evaluate_folder(folder, data, skip_corrupt, trust_code)
         if as_json:
             print_json(stdout, report)
         else:

@@ -20,6 +20,10 @@ Data = Annotated[str, typer.Option(help="Other images. Default: those of the con
 Device = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that gatefit convert wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-code", help="Run the Python file that the folder names, or fetch the network that it names."),
+]
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Skip images that cannot be read.")]
 
 
