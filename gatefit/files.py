@@ -38,12 +38,14 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
             os.replace(temporary, path)
     except BaseException as error:
         for temporary in temporaries:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 temporary.unlink(missing_ok=True)
         if isinstance(error, GatefitError) or not isinstance(error, Exception):
             raise
         if isinstance(error, FileExistsError | NotADirectoryError):
             hint = "a part of its path is a file; choose another folder"
+        elif isinstance(error, ValueError):
+            hint = f"{first_line(error)}; choose another name"
         elif isinstance(error, OSError):
             hint = f"{error.strerror or first_line(error)}; free some space or choose another folder"
         else:
@@ -100,7 +102,7 @@ def read_json(path: Path, schema: str = "") -> Any:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"no file '{path}'; is '{path.parent}' a folder that gatefit wrote?") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
+        raise CheckpointError(f"'{path}' cannot be read: {error.strerror or first_line(error)}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({first_line(error)[:160]}); write it anew") from error
     if schema:
@@ -184,7 +186,7 @@ def digest(path: Path) -> str:
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise CheckpointError(f"no file '{path}'; is '{path.parent}' a folder that gatefit wrote?") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

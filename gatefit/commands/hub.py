@@ -100,7 +100,7 @@ def push_to_hub(
     Raises:
         CheckpointError: the folder is not one that gatefit wrote, or the Hub cannot be reached or refuses.
     """
-    if isinstance(source, fx.GraphModule):
+    if isinstance(source, nn.Module):
         with tempfile.TemporaryDirectory() as temporary:
             save(source, temporary)
             return _push(Path(temporary), repo_id, private, token)

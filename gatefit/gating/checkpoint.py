@@ -86,6 +86,8 @@ def load(folder: str | Path, model: nn.Module | None = None, *, trust_code: bool
     if config.format > 1 and (folder / ORIGINAL).is_file():
         config.check_file(folder, ORIGINAL)
     reference, part = read_reference(config, folder), config.part
+    if model is not None and not isinstance(model, nn.Module):
+        raise CheckpointError(f"model must be the original network, a torch.nn.Module, not {type(model).__name__}")
     network = build_original(config, folder, trust_code) if model is None else model
     try:
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.input.items()}
