@@ -10,6 +10,7 @@ from torch import fx, nn
 from gatefit.commands.figures import figures
 from gatefit.commands.report.result import read_result
 from gatefit.errors import DataError, RecipeError
+from gatefit.formats import data_title, model_title
 from gatefit.gating.checkpoint import load
 from gatefit.gating.gates import gates_of
 from gatefit.gating.info import info_of
@@ -58,7 +59,9 @@ def open_folder(folder: Path, data: str = "", skip_corrupt: bool = False, trust_
     splits = read_data(data or recipe.data.name, info_of(gated).input, corrupt, recipe.seed, limit)
     trained = recipe.model.pretrained or bool(recipe.model.weights) or recipe.baseline.epochs > 0
     reference = info_of(gated).reference
-    return Opened(reference.name if reference else "", gated, load_original(folder, trust_code), splits, trained)
+    return Opened(
+        model_title(reference.name) if reference else "", gated, load_original(folder, trust_code), splits, trained
+    )
 
 
 def evaluate_folder(
@@ -94,5 +97,5 @@ def report_folders(
     opened.gated.to(Accelerator().device)
     evaluation = evaluate(opened.gated, opened.data, opened.teacher)
     if data:
-        result = replace(result, report={**result.report, **figures(evaluation), "data": data})
+        result = replace(result, report={**result.report, **figures(evaluation), "data": data_title(data)})
     return write_report(folders[0], result, others, evaluation, opened.data.test, block)

@@ -290,15 +290,19 @@ def test_any_seed_and_odd_names(recipe, tmp_path):
     assert "seed must lie" in refused("convert", "--recipe", recipe, "--seed", "-1", "--out", tmp_path / "p")
 
 
-def test_nan_leaves_nothing(recipe, tmp_path):
+def test_nan_leaves_the_trained_network_alone(recipe, tmp_path):
     recipe.write_text(recipe.read_text().replace("[finetune]\n", "[finetune]\nlr = 1e12\n"))
     assert "not finite" in refused("convert", "--recipe", recipe, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {
+        "recipe.toml", "original.safetensors", "checkpoint-baseline.safetensors",
+    }  # fmt: skip
+    recipe.write_text(recipe.read_text().replace("lr = 1e12\n", ""))
+    options = ("--weights", tmp_path / "out" / "original.safetensors", "--set", "baseline.epochs=0")
+    assert gatefit("convert", "--recipe", recipe, *options, "--out", tmp_path / "next").exit_code == 0
 
 
 def test_an_error_after_training_loses_nothing(converted, recipe, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    recipe.write_text((converted[0] / "recipe.toml").read_text())
 
     def fails(*_args, **_kwargs):
         raise OSError("no space left")
@@ -393,7 +397,6 @@ def command(recipe, out, *more):
 
 def test_killed_and_resumed_ends_as_if_it_had_not_been(converted, recipe, tmp_path):
     out = tmp_path / "out"
-    recipe.write_text((converted[0] / "recipe.toml").read_text())
     process = subprocess.Popen(command(recipe, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     limit = time.monotonic() + 120
     while not (out / "checkpoint.safetensors").exists() and process.poll() is None and time.monotonic() < limit:

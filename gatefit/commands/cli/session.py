@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -15,6 +16,8 @@ import typer
 from gatefit.errors import GatefitError
 
 PACKAGE = Path(__file__).parents[2]
+TRACEBACK = "GATEFIT_TRACEBACK"
+"""Environment variable with which errors that gatefit did not expect come with their traceback."""
 
 Data = Annotated[str, typer.Option(help="Other images. Default: those of the conversion.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
@@ -58,9 +61,21 @@ def session(command: str, out: Path | None = None, position: Callable[[], str] =
             )
             typer.echo(f"Interrupted. {how}", err=True)
         raise typer.Exit(130) from None
-    except (OSError, RuntimeError, MemoryError) as error:
-        typer.echo(f"gatefit: {type(error).__name__}: {_one_line(error)[:300]}", err=True)
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        typer.echo(f"gatefit: {type(error).__name__}: {_one_line(error)[:300]}{_origin(error)}", err=True)
         raise typer.Exit(1) from None
+
+
+def _origin(error: Exception) -> str:
+    """Say where an error comes from that is no fault of the machine: in gatefit, or in the user's own network."""
+    if isinstance(error, OSError | MemoryError):
+        return ""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({Path(last.filename).name}, line {last.lineno}; {TRACEBACK}=1 shows all of it)"
 
 
 @contextmanager
