@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from gatefit.errors import CheckpointError
+from gatefit.errors import CheckpointError, first_line, shown
 from gatefit.files import check_schema, digest, json_digest, read_json, to_json, write_atomically
 
 FORMAT = 2
@@ -118,10 +118,12 @@ def read_config(folder: Path) -> Config:
     if content["format"] == 1:
         return _from_format_1(content, file)
     if content["format"] != FORMAT:
-        raise CheckpointError(f"{file} has format {content['format']}; this gatefit reads up to {FORMAT}: update it")
+        raise CheckpointError(
+            f"{file} has format {shown(content['format'])}; this gatefit reads up to {FORMAT}: update it"
+        )
     kind = content.get("kind")
     if not isinstance(kind, str) or kind not in PARTS:
-        raise CheckpointError(f"{file} is of kind {kind!r}; this gatefit reads {', '.join(PARTS)}: update it")
+        raise CheckpointError(f"{file} is of kind {shown(kind)}; this gatefit reads {', '.join(PARTS)}: update it")
     part = content.get(kind)
     if not set(content) >= _COMMON or not isinstance(part, dict) or not set(part) >= PARTS[kind]:
         raise CheckpointError(f"{file} is not one that gatefit wrote: keys are missing")
@@ -141,7 +143,7 @@ def read_config(folder: Path) -> Config:
             versions=dict(content["versions"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} is not one that gatefit wrote: {error}") from error
+        raise CheckpointError(f"{file} is not one that gatefit wrote: {first_line(error)[:160]}") from error
 
 
 def _from_format_1(content: dict[str, Any], file: Path) -> Config:

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import functools
 import inspect
 import itertools
 import math
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 import tomlkit
 
-from gatefit.errors import RecipeError, first_line
+from gatefit.errors import RecipeError, first_line, shown
 
 RECIPE = "recipe.toml"
 """Name of the recipe in the folder of a run."""
@@ -240,9 +241,10 @@ def read_recipe(file: Path) -> Recipe:
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{file} is not valid TOML: {first_line(error)[:160]}") from error
     recipe = recipe_from(table)
+    name = _anchor(recipe.model.name, file) if ".py:" in recipe.model.name else recipe.model.name
     return replace(
         recipe,
-        model=replace(recipe.model, name=_anchor(recipe.model.name, file), weights=_anchor(recipe.model.weights, file)),
+        model=replace(recipe.model, name=name, weights=_anchor(recipe.model.weights, file)),
         data=replace(recipe.data, name=_anchor(recipe.data.name, file)),
     )
 
@@ -302,6 +304,7 @@ def write_recipe(recipe: Recipe) -> str:
     return tomlkit.dumps(document)
 
 
+@functools.cache
 def field_docstrings(cls: type) -> dict[str, str]:
     """Read the string that stands below each field of a dataclass: the meaning of each setting."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
@@ -361,18 +364,16 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is Literal:
         allowed = typing.get_args(hint)
         if value not in allowed:
-            raise RecipeError(
-                f"recipe key '{path}' must be one of {', '.join(map(repr, allowed))}, not {_shown(value)}"
-            )
+            raise RecipeError(f"recipe key '{path}' must be one of {', '.join(map(repr, allowed))}, not {shown(value)}")
         return value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         if abs(value) > _MOST:
-            raise RecipeError(f"recipe key '{path}' is too large: {_shown(value)}")
+            raise RecipeError(f"recipe key '{path}' is too large: {shown(value)}")
         return float(value)
     if type(value) not in options:
         names = " or ".join(t.__name__ for t in options if t is not type(None))
-        raise RecipeError(f"recipe key '{path}' must be {names}, not {_shown(value)}")
+        raise RecipeError(f"recipe key '{path}' must be {names}, not {shown(value)}")
     return value
 
 
@@ -389,18 +390,9 @@ def _check_values(part: Any, table: str, **most: int) -> None:
             _check(not math.isinf(value), f"{name} must be finite, not {value}")
         elif isinstance(value, int):
             largest = most.get(key.name, _MOST)
-            _check(value <= largest, f"{name} must be at most {largest}, not {_shown(value)}")
+            _check(value <= largest, f"{name} must be at most {largest}, not {shown(value)}")
         elif isinstance(value, str):
             _check("\0" not in value, f"{name} holds a null byte, which no name does")
-
-
-def _shown(value: Any) -> str:
-    """Write a value for a message, in short."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__} of very many digits or levels"
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:

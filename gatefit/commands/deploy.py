@@ -22,7 +22,7 @@ from gatefit.deployment.info import deployed_info
 from gatefit.deployment.kernels.native import processor
 from gatefit.deployment.plan import BlockPlan, Deployment, Latency
 from gatefit.deployment.region import Region, region_or_none
-from gatefit.errors import CheckpointError, DeployError
+from gatefit.errors import CheckpointError, DeployError, first_line, shown
 from gatefit.files import check_schema, digest, json_digest, read_json, relative_to, write_atomically, write_json
 from gatefit.folder import read_config
 from gatefit.gating.checkpoint import load, record_file
@@ -122,7 +122,7 @@ def load_deployed(
     content = read_json(folder / FILE)
     try:
         if content["format"] not in (4, 5, FORMAT):
-            raise CheckpointError(f"{folder / FILE} has format {content['format']}; this gatefit reads {FORMAT}")
+            raise CheckpointError(f"{folder / FILE} has format {shown(content['format'])}; this gatefit reads {FORMAT}")
         if content["format"] == FORMAT:
             if json_digest({k: v for k, v in content.items() if k != "digest"}) != content["digest"]:
                 raise CheckpointError(f"{folder / FILE} was changed after it was written; deploy anew")
@@ -154,7 +154,7 @@ def load_deployed(
         return deployed
     except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
         raise CheckpointError(
-            f"{folder / FILE} is damaged or does not fit its network: {error}; deploy anew"
+            f"{folder / FILE} is damaged or does not fit its network: {first_line(error)[:160]}; deploy anew"
         ) from error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from gatefit.errors import CheckpointError
+from gatefit.errors import CheckpointError, first_line, shown
 from gatefit.files import relative_to
 from gatefit.folder import CONFIG, ORIGINAL, Config, read_config
 from gatefit.inputs.models import ModelReference, build, from_registry, load_weights
@@ -46,7 +46,7 @@ def read_reference(config: Config, folder: Path) -> ModelReference | None:
         file = (folder.resolve() / path).resolve()
         return ModelReference("file", f"{file}:{function}", reference.arguments)
     except (TypeError, ValueError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is not one that gatefit wrote: {error}") from error
+        raise CheckpointError(f"{folder / CONFIG} is not one that gatefit wrote: {first_line(error)[:160]}") from error
 
 
 def reason_not_to_build(config: Config) -> str:
@@ -55,11 +55,13 @@ def reason_not_to_build(config: Config) -> str:
         return ""
     source, name, arguments = (config.model.get(key) for key in ("source", "name", "arguments"))
     if source == "file":
-        return f"names code, the function '{name}', which gatefit does not run unasked"
+        return f"names code, the function {shown(name)}, which gatefit does not run unasked"
     known = source == "torchvision" or (source == "timm" and timm.is_model(str(name)))
     if known and isinstance(arguments, dict) and not _UNTRUSTED & set(arguments):
         return ""
-    return f"names a network that gatefit does not build for it unasked, {source}/{name} with {arguments}"
+    return (
+        f"names a network that gatefit does not build for it unasked, {source}/{str(name)[:60]} with {shown(arguments)}"
+    )
 
 
 def build_original(config: Config, folder: Path, trust_code: bool) -> nn.Module:

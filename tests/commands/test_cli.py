@@ -293,9 +293,7 @@ def test_any_seed_and_odd_names(recipe, tmp_path):
 def test_nan_leaves_the_trained_network_alone(recipe, tmp_path):
     recipe.write_text(recipe.read_text().replace("[finetune]\n", "[finetune]\nlr = 1e12\n"))
     assert "not finite" in refused("convert", "--recipe", recipe, "--out", tmp_path / "out")
-    assert {f.name for f in (tmp_path / "out").iterdir()} == {
-        "recipe.toml", "original.safetensors", "checkpoint-baseline.safetensors",
-    }  # fmt: skip
+    assert (tmp_path / "out" / "original.safetensors").is_file() and not (tmp_path / "out" / "config.json").exists()
     recipe.write_text(recipe.read_text().replace("lr = 1e12\n", ""))
     options = ("--weights", tmp_path / "out" / "original.safetensors", "--set", "baseline.epochs=0")
     assert gatefit("convert", "--recipe", recipe, *options, "--out", tmp_path / "next").exit_code == 0
