@@ -291,7 +291,8 @@ def write_recipe(recipe: Recipe) -> str:
         value = getattr(recipe, part.name)
         if not is_dataclass(value):
             continue
-        table, meanings = tomlkit.table(), field_docstrings(type(value))
+        cls: Any = type(value)
+        table, meanings = tomlkit.table(), field_docstrings(cls)
         for key in fields(value):
             setting = getattr(value, key.name)
             if setting is None:
