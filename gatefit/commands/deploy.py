@@ -171,8 +171,8 @@ def _onnx_file(folder: Path, content: dict[str, Any]) -> Path:
 def _codebook(entries: list[list[int]] | None, units: int) -> Any:
     if entries is None:
         return None
-    if not entries:
-        raise ValueError("a codebook is empty")
+    if not entries or any(not 0 <= unit < units for entry in entries for unit in entry):
+        raise ValueError("a codebook is empty, or names units that its block has not")
     codebook = torch.zeros(len(entries), units, dtype=torch.bool)
     for row, entry in zip(codebook, entries, strict=True):
         row[entry] = True
