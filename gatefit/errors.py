@@ -4,6 +4,9 @@
 class GatefitError(Exception):
     """Base of every error that gatefit raises on purpose: one line that names cause and next step."""
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # names of files and classes may hold more lines
+
 
 class GatefitWarning(UserWarning):
     """Something that probably is not what the user wants: one line that names cause and next step."""
@@ -41,3 +44,12 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class where the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def shown(value: object) -> str:
+    """Write a value for a message, in short."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} of very many digits or levels"
+    return text if len(text) <= 60 else f"{text[:60]}..."

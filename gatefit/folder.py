@@ -6,8 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from gatefit.errors import CheckpointError
-from gatefit.files import digest, json_digest, read_json, write_json
+from gatefit.errors import CheckpointError, first_line, shown
+from gatefit.files import check_schema, digest, json_digest, read_json, to_json, write_atomically
 
 FORMAT = 2
 CONFIG = "config.json"
@@ -56,7 +56,7 @@ class Config:
     classes: tuple[str, ...] | None = None
     """Class names in the order of the outputs, where known."""
     figures: Figures | None = None
-    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    versions: dict[str, str] = field(default_factory=lambda: this_versions())
     """Of the packages that the network was saved with."""
     format: int = FORMAT
 
@@ -81,6 +81,15 @@ def write_config(folder: Path, config: Config) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
+    write_atomically(folder / CONFIG, lambda file: file.write_text(to_text(config), encoding="utf-8"))
+
+
+def to_text(config: Config) -> str:
+    """Write a config as the text of `config.json`, with a digest of its own content.
+
+    Raises:
+        CheckpointError: it holds what JSON does not know.
+    """
     content = {
         "format": FORMAT,
         "kind": config.kind,
@@ -92,7 +101,8 @@ def write_config(folder: Path, config: Config) -> None:
         "versions": config.versions,
         config.kind: config.part,
     }
-    write_json(folder / CONFIG, {**content, "digest": json_digest(content)})
+    to_json(content)  # refuses what the digest cannot be made of
+    return to_json({**content, "digest": json_digest(content)})
 
 
 def read_config(folder: Path) -> Config:
@@ -108,15 +118,18 @@ def read_config(folder: Path) -> Config:
     if content["format"] == 1:
         return _from_format_1(content, file)
     if content["format"] != FORMAT:
-        raise CheckpointError(f"{file} has format {content['format']}; this gatefit reads up to {FORMAT}: update it")
+        raise CheckpointError(
+            f"{file} has format {shown(content['format'])}; this gatefit reads up to {FORMAT}: update it"
+        )
     kind = content.get("kind")
     if not isinstance(kind, str) or kind not in PARTS:
-        raise CheckpointError(f"{file} is of kind {kind!r}; this gatefit reads {', '.join(PARTS)}: update it")
+        raise CheckpointError(f"{file} is of kind {shown(kind)}; this gatefit reads {', '.join(PARTS)}: update it")
     part = content.get(kind)
     if not set(content) >= _COMMON or not isinstance(part, dict) or not set(part) >= PARTS[kind]:
         raise CheckpointError(f"{file} is not one that gatefit wrote: keys are missing")
     if json_digest({k: v for k, v in content.items() if k != "digest"}) != content["digest"]:
         raise CheckpointError(f"{file} was changed after it was saved; put the file back, or save the network anew")
+    check_schema(file, content, "config")
     known = content["figures"]
     try:
         return Config(
@@ -130,7 +143,7 @@ def read_config(folder: Path) -> Config:
             versions=dict(content["versions"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} is not one that gatefit wrote: {error}") from error
+        raise CheckpointError(f"{file} is not one that gatefit wrote: {first_line(error)[:160]}") from error
 
 
 def _from_format_1(content: dict[str, Any], file: Path) -> Config:
@@ -138,11 +151,12 @@ def _from_format_1(content: dict[str, Any], file: Path) -> Config:
     if not set(content) >= _FORMAT_1 or compensation is None:
         raise CheckpointError(f"{file} is not one that gatefit wrote: keys are missing")
     part = {k: content[k] for k in ("gates", "form", "blocks", "architecture")} | {"compensation": compensation}
-    return Config(
-        "gated", content["model"], content["input"], part, {WEIGHTS: content["sha256"]}, versions={}, format=1
-    )
+    model, spec, files = content["model"], content["input"], {WEIGHTS: content["sha256"]}
+    check_schema(file, {"kind": "gated", "model": model, "input": spec, "gated": part, "files": files}, "config")
+    return Config("gated", model, spec, part, files, versions={}, format=1)
 
 
-def _versions() -> dict[str, str]:
+def this_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide what a network computes."""
     packages = {name: str(import_module(name).__version__) for name in _PACKAGES}
     return {"python": platform.python_version(), **packages}

@@ -1,6 +1,7 @@
 """Write figures and names as people read them."""
 
 import re
+from pathlib import PurePath
 
 
 def mega(macs: float) -> str:
@@ -22,3 +23,10 @@ def model_title(model: str) -> str:
     """Shorten "folder/file.py:function" to "file.py:function" for a title; leave other names as they are."""
     path, colon, function = model.rpartition(".py:")
     return f"{path.replace(chr(92), '/').rsplit('/', 1)[-1]}.py:{function}" if colon else model
+
+
+def data_title(data: str) -> str:
+    """Shorten the path of images to its last part, which says nothing of the machine; leave other names as they are."""
+    if not (PurePath(data).is_absolute() or data.startswith(("./", "../", "~"))):
+        return data
+    return PurePath(data).name

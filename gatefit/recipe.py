@@ -2,9 +2,11 @@
 
 import ast
 import difflib
+import functools
 import inspect
 import itertools
 import math
+import os
 import textwrap
 import tomllib
 import types
@@ -17,7 +19,7 @@ from typing import Any, Literal
 
 import tomlkit
 
-from gatefit.errors import RecipeError
+from gatefit.errors import RecipeError, first_line, shown
 
 RECIPE = "recipe.toml"
 """Name of the recipe in the folder of a run."""
@@ -38,6 +40,11 @@ RENAMED = {
     "finetune.temperature": "distillation.temperature",
 }
 """Keys of gatefit 0.1, and what they are called now. They are read, with a note."""
+MOST_EPOCHS = 1_000_000
+_MOST = 2**31 - 1
+"""Largest whole number of any setting."""
+_ANCHORED = ("./", "../")
+"""What paths in a recipe begin with that are seen from the recipe."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ class ModelPart:
     """Standard deviation of the pixels, in the same way."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.image_size <= 65_536, f"image_size must lie between 0 and 65536, not {self.image_size}")
+        _check_values(self, "model", image_size=8192)
+        _check(self.image_size >= 0, f"image_size must be 0 or more, not {self.image_size}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             _check(all(map(math.isfinite, values)), f"model.{name} must be finite numbers, not {values}")
 
@@ -82,6 +90,7 @@ class DataPart:
     """Use only the first images of each split, after a seeded shuffle (of a stream: as it comes); 0: all."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "data")
         _check(self.limit >= 0, f"data.limit must be 0 or more, not {self.limit}")
 
 
@@ -108,6 +117,7 @@ class BaselinePart:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
+        _check_values(self, "baseline", epochs=MOST_EPOCHS)
         _check(self.epochs >= 0, "baseline.epochs must be 0 or more")
         _check(self.batch_size > 0, "baseline.batch_size must be positive")
         _check(self.lr > 0, "baseline.lr must be positive")
@@ -140,6 +150,7 @@ class FinetunePart:
     Needs a C++ compiler."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "finetune", epochs=MOST_EPOCHS)
         _check(self.epochs >= 0, "finetune.epochs must be 0 or more")
         _check(self.batch_size > 0, "finetune.batch_size must be positive")
         _check(self.accumulate > 0, "finetune.accumulate must be positive")
@@ -165,6 +176,7 @@ class DistillationPart:
     predictions alone teach."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "distillation")
         _check(0 <= self.weight <= 1, "distillation.weight must lie in [0, 1]")
         _check(self.temperature > 0, "distillation.temperature must be positive")
         _check(self.feature_weight >= 0, "distillation.feature_weight must be 0 or more")
@@ -200,6 +212,7 @@ class ClosingPart:
     """Training images, augmented as in training, for the final batch norm statistics with the hard gates. 0: none."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "closing", gate_reinits=1000)
         _check(self.l1 is None or self.l1 >= 0, f"l1 must be 0 or more, not {self.l1}")
         _check(self.target is None or 0 < self.target < 1, f"target must lie between 0 and 1, not {self.target}")
         _check(self.l1 is None or self.target is None, "give l1 or target, not both: each sets how much is closed")
@@ -236,16 +249,41 @@ def read_recipe(file: Path) -> Recipe:
         RecipeError: no such file, not TOML, an unknown key (nearest offered), a wrong type or value.
     """
     try:
-        table = tomllib.loads(file.read_text())
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"the recipe '{file}' cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file} is not valid TOML: {error}") from error
+        raise RecipeError(f"the recipe '{file}' cannot be read: {error.strerror or first_line(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{file} is not valid TOML: {first_line(error)[:160]}") from error
     recipe = recipe_from(table)
+    name = _anchor(recipe.model.name, file) if ".py:" in recipe.model.name else recipe.model.name
     return replace(
         recipe,
-        model=replace(recipe.model, name=_anchor(recipe.model.name, file), weights=_anchor(recipe.model.weights, file)),
+        model=replace(recipe.model, name=name, weights=_anchor(recipe.model.weights, file)),
         data=replace(recipe.data, name=_anchor(recipe.data.name, file)),
+    )
+
+
+def portable(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a recipe whose paths are seen from `folder`, as `read_recipe` reads them there.
+
+    Both can then move together, and the recipe says nothing else of the machine. Names and other paths stay as typed.
+    """
+
+    def seen(path: str) -> str:
+        if not (path.startswith((*_ANCHORED, "~")) or Path(path).is_absolute()):
+            return path
+        try:
+            way = Path(os.path.relpath(Path(path).expanduser().resolve(), folder.resolve())).as_posix()
+        except (ValueError, RuntimeError):  # on another drive; no such user
+            return path
+        return way if way.startswith("../") else f"./{way}"
+
+    file, colon, function = recipe.model.name.rpartition(".py:")
+    name = f"{seen(f'{file}.py')}:{function}" if colon else recipe.model.name
+    return replace(
+        recipe,
+        model=replace(recipe.model, name=name, weights=seen(recipe.model.weights)),
+        data=replace(recipe.data, name=seen(recipe.data.name)),
     )
 
 
@@ -267,7 +305,8 @@ def write_recipe(recipe: Recipe) -> str:
         value = getattr(recipe, part.name)
         if not is_dataclass(value):
             continue
-        table, meanings = tomlkit.table(), field_docstrings(type(value))
+        cls: Any = type(value)
+        table, meanings = tomlkit.table(), field_docstrings(cls)
         for key in fields(value):
             setting = getattr(value, key.name)
             if setting is None:
@@ -280,6 +319,7 @@ def write_recipe(recipe: Recipe) -> str:
     return tomlkit.dumps(document)
 
 
+@functools.cache
 def field_docstrings(cls: type) -> dict[str, str]:
     """Read the string that stands below each field of a dataclass: the meaning of each setting."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
@@ -313,7 +353,7 @@ def _with_new_keys(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _anchor(path: str, file: Path) -> str:
-    return str((file.parent / path).resolve()) if path.startswith(("./", "../")) else path
+    return str((file.parent / path).resolve()) if path.startswith(_ANCHORED) else path
 
 
 def _from_table(cls: Any, table: dict[str, Any], where: str) -> Any:
@@ -323,9 +363,9 @@ def _from_table(cls: Any, table: dict[str, Any], where: str) -> Any:
     for key, value in table.items():
         path = f"{where}.{key}" if where else key
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(key[:60], known, n=1, cutoff=0.4)
             hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(known))}"
-            raise RecipeError(f"unknown recipe key '{path}'; {hint}")
+            raise RecipeError(f"unknown recipe key {path[:60]!r}; {hint}")
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise RecipeError(f"recipe key '{path}' must be a table, [{path}]")
@@ -339,23 +379,38 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is Literal:
         allowed = typing.get_args(hint)
         if value not in allowed:
-            raise RecipeError(f"recipe key '{path}' must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+            raise RecipeError(f"recipe key '{path}' must be one of {', '.join(map(repr, allowed))}, not {shown(value)}")
         return value
     if typing.get_origin(hint) is tuple:
         values = value if isinstance(value, list | tuple) else [value]
         return tuple(_typed(typing.get_args(hint)[0], v, path) for v in values)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in options and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > _MOST:
+            raise RecipeError(f"recipe key '{path}' is too large: {shown(value)}")
         return float(value)
     if type(value) not in options:
         names = " or ".join(t.__name__ for t in options if t is not type(None))
-        raise RecipeError(f"recipe key '{path}' must be {names}, not {value!r}")
+        raise RecipeError(f"recipe key '{path}' must be {names}, not {shown(value)}")
     return value
 
 
 def _check(holds: bool, message: str) -> None:
     if not holds:
         raise RecipeError(message)
+
+
+def _check_values(part: Any, table: str, **most: int) -> None:
+    """Refuse numbers with which a run would never end or fails late, and strings that no file can be named."""
+    for key in fields(part):
+        value, name = getattr(part, key.name), f"{table}.{key.name}"
+        if isinstance(value, float):
+            _check(not math.isinf(value), f"{name} must be finite, not {value}")
+        elif isinstance(value, int):
+            largest = most.get(key.name, _MOST)
+            _check(value <= largest, f"{name} must be at most {largest}, not {shown(value)}")
+        elif isinstance(value, str):
+            _check("\0" not in value, f"{name} holds a null byte, which no name does")
 
 
 def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
@@ -369,6 +424,8 @@ def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """
     given: dict[str, Any] = {}
     for path, value in map(_setting, settings):
+        if path.count(".") > 1:
+            raise RecipeError(f"unknown recipe key {path[:60]!r}; a key is TABLE.NAME, such as finetune.lr")
         _table_of(given, path)[path.rpartition(".")[2]] = value
     given = _with_new_keys(given)
     table = _without_none(asdict(recipe))
@@ -392,6 +449,8 @@ def _setting(text: str) -> tuple[str, Any]:
         read = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
         return path.strip(), value.strip()
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"the setting of {path.strip()[:60]!r} is not valid TOML: {first_line(error)}") from error
     return path.strip(), read["value"] if len(read) == 1 else value
 
 

@@ -14,3 +14,7 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run 25 times as many mutated cases (tests/test_fuzz.py)")

@@ -4,7 +4,19 @@ import pytest
 from places import RECIPES
 
 from gatefit.errors import RecipeError
-from gatefit.recipe import RENAMED, ClosingPart, FinetunePart, Recipe, field_docstrings, read_recipe, write_recipe
+from gatefit.recipe import (
+    RENAMED,
+    ClosingPart,
+    DataPart,
+    FinetunePart,
+    ModelPart,
+    Recipe,
+    field_docstrings,
+    portable,
+    read_recipe,
+    with_settings,
+    write_recipe,
+)
 
 
 def written(tmp_path, text):
@@ -83,3 +95,73 @@ def test_a_written_recipe_explains_its_keys():
     text = write_recipe(Recipe())
     meaning = field_docstrings(ClosingPart)["min_open"]
     assert " ".join(text.replace("\n# ", " ").split()).count(meaning) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed = " + "[" * 100_000,
+        "seed = " + "9" * 400,
+        "seed = " + "9" * 5000,
+        "finetune.lr = " + "9" * 400,
+        "finetune.lr = inf",
+        "finetune.lr = nan",
+        "finetune.weight_decay = inf",
+        "closing.l1 = inf",
+        "distillation.temperature = inf",
+        "finetune.epochs = 1" + "0" * 34,
+        "closing.gate_reinits = 1" + "0" * 34,
+        "model.image_size = 1" + "0" * 34,
+        "model.image_size = 100_000",
+        "baseline.epochs = 2_000_000",
+        "finetune.batch_size = 1" + "0" * 34,
+        'data.name = "a\\u0000b"',
+        "gates.kinds = [" + "1," * 10_000 + "]",
+        "x" * 10_000 + " = 1",
+        "\0",
+        "finetune.lr = 1979-05-27",
+    ],
+)
+def test_hostile_recipes_end_in_one_short_line(tmp_path, text):
+    file = tmp_path / "r.toml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as refused:
+        read_recipe(file)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 700
+
+
+def test_hostile_settings_end_in_one_short_line():
+    for setting in ("seed=" + "[" * 100_000, "a" + ".b" * 100_000 + "=1", "finetune.lr=" + "9" * 5000, "data.name=\0"):
+        with pytest.raises(RecipeError) as refused:
+            with_settings(Recipe(), [setting])
+        assert "\n" not in str(refused.value) and len(str(refused.value)) < 700
+
+
+def test_recipes_that_are_no_text(tmp_path):
+    (tmp_path / "r.toml").write_bytes(b"\xff\xfe\x00")
+    for place in (tmp_path / "r.toml", tmp_path, tmp_path / "none", tmp_path / "nul\0l"):
+        with pytest.raises(RecipeError):
+            read_recipe(place)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x7f\x01\x1f", "q\"'\\", "'''", "\u2028 \x85", "\r\n", "é\U0001f600"])
+def test_any_name_is_written_as_toml(tmp_path, name):
+    recipe = Recipe(data=DataPart(name=name))
+    (tmp_path / "r.toml").write_text(write_recipe(recipe), encoding="utf-8")
+    assert read_recipe(tmp_path / "r.toml") == recipe
+
+
+def test_paths_are_written_as_seen_from_the_folder(tmp_path):
+    recipe = Recipe(
+        model=ModelPart(name=f"{tmp_path}/project/own.py:net", weights=f"{tmp_path}/project/w.pth"),
+        data=DataPart(name=f"{tmp_path}/photos"),
+    )
+    folder = tmp_path / "project" / "runs" / "mine"
+    seen = portable(recipe, folder)
+    assert (seen.model.name, seen.model.weights) == ("../../own.py:net", "../../w.pth")
+    assert seen.data.name == "../../../photos"
+    folder.mkdir(parents=True)
+    (folder / "recipe.toml").write_text(write_recipe(seen))
+    assert read_recipe(folder / "recipe.toml") == recipe
+    names = Recipe(model=ModelPart(name="timm/resnet18"), data=DataPart(name="hfds/a/b"))
+    assert portable(names, folder) == names

@@ -33,6 +33,7 @@ def run_bench(
     rounds: int,
     stated: StatedInput,
     say: Callable[[str], None],
+    trust_code: bool = False,
 ) -> tuple[list[Timing], list[Row]]:
     """Time a folder or model, see `gatefit.deployment.bench.timing.bench`; the number of threads is put back.
 
@@ -52,7 +53,7 @@ def run_bench(
             if stated != StatedInput():
                 raise DeployError(f"{network} says its own input; --image-size, --mean and --std are for a model")
             say(str(input_of(Path(network))))
-            original, gated, images = _folder(Path(network), data)
+            original, gated, images = _folder(Path(network), data, trust_code)
         elif what_if is None:
             raise DeployError(f"'{network}' is no folder; a model that is not converted needs --what-if SHARE")
         else:
@@ -73,8 +74,8 @@ def run_bench(
         torch.set_num_threads(before)
 
 
-def _folder(folder: Path, data: str) -> tuple[nn.Module, fx.GraphModule, Tensor]:
-    opened = open_folder(folder, data)
+def _folder(folder: Path, data: str, trust_code: bool) -> tuple[nn.Module, fx.GraphModule, Tensor]:
+    opened = open_folder(folder, data, trust_code=trust_code)
     if opened.original is None:
         raise DeployError(f"{folder} does not hold the original network to compare with")
     return opened.original, opened.gated, some_images(opened.data.train, info_of(opened.gated).input, IMAGES)

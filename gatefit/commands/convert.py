@@ -10,7 +10,7 @@ from accelerate import PartialState
 from torch import Tensor, fx, nn
 
 from gatefit.commands.figures import kept_figures, summarise
-from gatefit.commands.output_folder import BASELINE, FINETUNE, check_folder, output_folder
+from gatefit.commands.output_folder import BASELINE, CHECKPOINTS, FINETUNE, check_folder, output_folder
 from gatefit.commands.report.result import REPORT, Result
 from gatefit.errors import DataError, RecipeError
 from gatefit.files import write_json, write_tensors
@@ -70,6 +70,8 @@ def convert(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnP
     check_folder(recipe, out, resume)
     check_closing(recipe.closing)
     run = _Run(recipe, out, resume, PartialState().is_main_process, on_progress)
+    if resume and not any((out / name).exists() for name in CHECKPOINTS):
+        run.say(f"note: there is nothing to resume in {out}; the run begins anew")
     inputs = prepare(run)
     with output_folder(recipe, out, run.main, on_progress):
         inputs = train_baseline(run, inputs)
@@ -191,6 +193,8 @@ def train_baseline(run: _Run, inputs: _Inputs) -> _Inputs:
         checkpoint=run.out / BASELINE,
         resume=run.resume,
     )
+    if run.main:
+        write_tensors(run.out / ORIGINAL, inputs.model.state_dict())  # whatever comes, this was paid for
     return replace(inputs, trained=True)
 
 

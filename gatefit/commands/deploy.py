@@ -22,8 +22,8 @@ from gatefit.deployment.info import deployed_info
 from gatefit.deployment.kernels.native import processor
 from gatefit.deployment.plan import BlockPlan, Deployment, Latency
 from gatefit.deployment.region import Region, region_or_none
-from gatefit.errors import CheckpointError, DeployError
-from gatefit.files import digest, read_json, relative_to, write_atomically, write_json
+from gatefit.errors import CheckpointError, DeployError, first_line, shown
+from gatefit.files import check_schema, digest, json_digest, read_json, relative_to, write_atomically, write_json
 from gatefit.folder import read_config
 from gatefit.gating.checkpoint import load, record_file
 from gatefit.gating.gates import gates_of
@@ -31,8 +31,9 @@ from gatefit.gating.info import info_of
 from gatefit.inputs.data import some_images
 
 FILE = "deployment.json"
-FORMAT = 5
-"""Format 4, which is read too, names the ONNX file by its absolute path and keeps no hashes."""
+FORMAT = 6
+"""Format 5, which is read too, has no digest of its own; format 4 names the ONNX file by its absolute path and keeps
+no hashes."""
 CALIBRATION = 256
 """Training images that masks are chosen by; where unused channels are pruned, as many others are compared."""
 ROUNDS = 12
@@ -100,15 +101,18 @@ def write_deployment(
         "machine": {"processor": machine.processor, "threads": machine.threads, "torch": machine.torch},
         "blocks": blocks,
     }
-    write_json(folder / FILE, content)
+    write_json(folder / FILE, {**content, "digest": json_digest(content)})
 
 
-def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule | OnnxNetwork:
+def load_deployed(
+    folder: str | Path, model: nn.Module | None = None, *, trust_code: bool = False
+) -> fx.GraphModule | OnnxNetwork:
     """Read a deployment back, in any process; outputs are the same to the bit on the same machine.
 
     Args:
         folder: of the gated network.
         model: the original architecture, for networks that neither timm nor torchvision has (see `gatefit.load`).
+        trust_code: run what `config.json` names to build the network without `model` (see `gatefit.load`).
 
     Raises:
         CheckpointError: the folder holds no deployment, or it is damaged, or it was made from other weights.
@@ -117,14 +121,18 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.Grap
     folder = Path(folder)
     content = read_json(folder / FILE)
     try:
-        if content["format"] not in (4, FORMAT):
-            raise CheckpointError(f"{folder / FILE} has format {content['format']}; this gatefit reads {FORMAT}")
-        if content["format"] == FORMAT and content["network"] != read_config(folder).network:
+        if content["format"] not in (4, 5, FORMAT):
+            raise CheckpointError(f"{folder / FILE} has format {shown(content['format'])}; this gatefit reads {FORMAT}")
+        if content["format"] == FORMAT:
+            if json_digest({k: v for k, v in content.items() if k != "digest"}) != content["digest"]:
+                raise CheckpointError(f"{folder / FILE} was changed after it was written; deploy anew")
+            check_schema(folder / FILE, content, "deployment")
+        if content["format"] > 4 and content["network"] != read_config(folder).network:
             raise CheckpointError(f"{folder / FILE} was made from other weights than {folder} holds now; deploy anew")
         if content["backend"] == "onnx":
             need_onnx()
             return OnnxNetwork(_onnx_file(folder, content).read_bytes())
-        gated = load(folder, model)
+        gated = load(folder, model, trust_code=trust_code)
         gates = gates_of(gated)
         plans: dict[str, tuple[BlockPlan, Region | None]] = {}
         for block in content["blocks"]:
@@ -146,13 +154,13 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.Grap
         return deployed
     except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
         raise CheckpointError(
-            f"{folder / FILE} is damaged or does not fit its network: {error}; deploy anew"
+            f"{folder / FILE} is damaged or does not fit its network: {first_line(error)[:160]}; deploy anew"
         ) from error
 
 
 def _onnx_file(folder: Path, content: dict[str, Any]) -> Path:
     """Find the ONNX file that a `deployment.json` names, and check that it is still the one that was written."""
-    if content["format"] < FORMAT:
+    if content["format"] == 4:
         return Path(content["file"])
     file: Path = folder.resolve() / content["file"]["name"]
     if digest(file) != content["file"]["sha256"]:
@@ -163,6 +171,8 @@ def _onnx_file(folder: Path, content: dict[str, Any]) -> Path:
 def _codebook(entries: list[list[int]] | None, units: int) -> Any:
     if entries is None:
         return None
+    if not entries or any(not 0 <= unit < units for entry in entries for unit in entry):
+        raise ValueError("a codebook is empty, or names units that its block has not")
     codebook = torch.zeros(len(entries), units, dtype=torch.bool)
     for row, entry in zip(codebook, entries, strict=True):
         row[entry] = True

@@ -1,12 +1,12 @@
 """Figures of an evaluation as plain JSON values: what report.json and config.json hold."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gatefit.folder import Figures
+from gatefit.formats import data_title, model_title
 from gatefit.inputs.models import ModelReference
 from gatefit.recipe import Recipe
 from gatefit.training.evaluate import Evaluation
@@ -18,8 +18,8 @@ def summarise(
 ) -> dict[str, Any]:
     """Make the content of report.json: figures of `evaluation`, MACs as means per image."""
     return {
-        "model": str(reference),
-        "data": recipe.data.name or "imagenette",
+        "model": model_title(str(reference)),
+        "data": data_title(recipe.data.name) or "imagenette",
         "seed": recipe.seed,
         "labels": labelled,
         **figures(evaluation),
@@ -52,7 +52,7 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
 def kept_figures(evaluation: Evaluation, data: str) -> Figures:
     """Choose the figures that `config.json` keeps; images in a folder are called by the folder's own name."""
     return Figures(
-        data=Path(data).name if Path(data).is_absolute() else data,
+        data=data_title(data),
         images=evaluation.images,
         accuracy=evaluation.accuracy,
         agreement=evaluation.agreement,

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import timm
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from torch import fx, nn
 
@@ -18,6 +17,7 @@ from gatefit.files import write_atomically
 from gatefit.folder import CONFIG, WEIGHTS, Config, Figures, read_config
 from gatefit.formats import mega, percent
 from gatefit.gating.checkpoint import load, save
+from gatefit.gating.original import reason_not_to_build
 from gatefit.training.evaluate import Evaluation
 
 CARD = "README.md"
@@ -27,8 +27,6 @@ PUSHED = [*FETCHED, CARD]
 _HERE = "path/of/this/folder"
 """What a model card calls a folder that has not been pushed."""
 _UNFINISHED = ["checkpoint*", ".*"]
-_UNTRUSTED = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "weights"}
-"""Arguments of timm and torchvision that would read other files than the folder's."""
 
 
 def save_pretrained(
@@ -102,7 +100,7 @@ def push_to_hub(
     Raises:
         CheckpointError: the folder is not one that gatefit wrote, or the Hub cannot be reached or refuses.
     """
-    if isinstance(source, fx.GraphModule):
+    if isinstance(source, nn.Module):
         with tempfile.TemporaryDirectory() as temporary:
             save(source, temporary)
             return _push(Path(temporary), repo_id, private, token)
@@ -201,18 +199,10 @@ def _refuse_code(config: Config, name: str) -> None:
         raise CheckpointError(
             f"'{name}' was saved from a network of its author's own; call gatefit.from_pretrained({name!r}, model=...)"
         )
-    source, arguments = config.model.get("source"), config.model.get("arguments")
-    model = str(config.model.get("name"))
-    if source == "file":
+    reason = reason_not_to_build(config)
+    if reason:
         raise CheckpointError(
-            f"'{name}' names code, the function '{model}', which gatefit does not run for it; build the network "
-            f"yourself and call gatefit.from_pretrained({name!r}, model=...)"
-        )
-    known = source == "torchvision" or (source == "timm" and timm.is_model(str(model)))
-    if not known or not isinstance(arguments, dict) or _UNTRUSTED & set(arguments):
-        raise CheckpointError(
-            f"'{name}' names a network that gatefit does not build for it, {source}/{model} with {arguments}; build it "
-            f"yourself and call gatefit.from_pretrained({name!r}, model=...)"
+            f"'{name}' {reason}; build the network yourself and call gatefit.from_pretrained({name!r}, model=...)"
         )
 
 

@@ -11,9 +11,11 @@ from gatefit.commands.figures import figures
 from gatefit.commands.report.result import read_result
 from gatefit.errors import CheckpointError, DataError, RecipeError
 from gatefit.folder import CONFIG, read_config
-from gatefit.gating.checkpoint import load, load_original
+from gatefit.formats import data_title, model_title
+from gatefit.gating.checkpoint import load
 from gatefit.gating.gates import gates_of
 from gatefit.gating.info import info_of
+from gatefit.gating.original import load_original
 from gatefit.inputs.data import Splits, read_data
 from gatefit.inputs.spec import FOLDER, InputSpec, NetworkInput
 from gatefit.recipe import RECIPE, Recipe, read_recipe
@@ -51,13 +53,19 @@ def input_of(folder: Path) -> NetworkInput:
         raise CheckpointError(f"{folder / CONFIG} is not one that gatefit wrote: {error}") from error
 
 
-def open_folder(folder: Path, data: str = "", skip_corrupt: bool = False) -> Opened:
+def open_folder(folder: Path, data: str = "", skip_corrupt: bool = False, trust_code: bool = False) -> Opened:
     """Read a folder that `convert` wrote, with its own data or others.
+
+    Args:
+        folder: see `docs/folder.md`.
+        data: other images than its own.
+        skip_corrupt: whether images that cannot be read are left out.
+        trust_code: see `gatefit.load`.
 
     Raises:
         GatefitError: the folder or the data cannot be read.
     """
-    gated = load(folder)
+    gated = load(folder, trust_code=trust_code)
     recipe = read_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else Recipe()
     if not data and not (folder / RECIPE).is_file():
         raise DataError(f"{folder} does not say what data it was made with; pass --data")
@@ -66,22 +74,28 @@ def open_folder(folder: Path, data: str = "", skip_corrupt: bool = False) -> Ope
     splits = read_data(data or recipe.data.name, info_of(gated).input, corrupt, recipe.seed, limit)
     trained = recipe.model.starts_trained or recipe.baseline.epochs > 0
     reference = info_of(gated).reference
-    return Opened(reference.name if reference else "", gated, load_original(folder), splits, trained)
+    return Opened(
+        model_title(reference.name) if reference else "", gated, load_original(folder, trust_code), splits, trained
+    )
 
 
-def evaluate_folder(folder: Path, data: str = "", skip_corrupt: bool = False) -> tuple[Evaluation, dict[str, Any]]:
+def evaluate_folder(
+    folder: Path, data: str = "", skip_corrupt: bool = False, trust_code: bool = False
+) -> tuple[Evaluation, dict[str, Any]]:
     """Evaluate a folder that `convert` wrote, on its own data or others.
 
     Raises:
         GatefitError: the folder or the data cannot be read.
     """
-    opened = open_folder(folder, data, skip_corrupt)
+    opened = open_folder(folder, data, skip_corrupt, trust_code)
     opened.gated.to(Accelerator().device)
     evaluation = evaluate(opened.gated, opened.data, opened.teacher)
     return evaluation, {"model": opened.name, **figures(evaluation)}
 
 
-def report_folders(folders: list[Path], data: str = "", skip_corrupt: bool = False, block: str = "") -> Path:
+def report_folders(
+    folders: list[Path], data: str = "", skip_corrupt: bool = False, block: str = "", trust_code: bool = False
+) -> Path:
     """Write the page of the first folder, compared with the others; see `gatefit.commands.report.write.write_report`.
 
     Raises:
@@ -91,12 +105,12 @@ def report_folders(folders: list[Path], data: str = "", skip_corrupt: bool = Fal
     from gatefit.commands.report.write import write_report
 
     result, *others = (read_result(folder) for folder in folders)
-    opened = open_folder(folders[0], data, skip_corrupt)
+    opened = open_folder(folders[0], data, skip_corrupt, trust_code)
     known = [name for name, gate in gates_of(opened.gated).items() if gate.channel is not None]
     if block and block not in known:
         raise RecipeError(f"no block '{block}' with a channel gate; there are {', '.join(known) or 'none'}")
     opened.gated.to(Accelerator().device)
     evaluation = evaluate(opened.gated, opened.data, opened.teacher)
     if data:
-        result = replace(result, report={**result.report, **figures(evaluation), "data": data})
+        result = replace(result, report={**result.report, **figures(evaluation), "data": data_title(data)})
     return write_report(folders[0], result, others, evaluation, opened.data.test, block)

@@ -8,8 +8,9 @@ from pathlib import Path
 from gatefit.commands.report.result import REPORT
 from gatefit.errors import CheckpointError, RecipeError, TrainingError
 from gatefit.files import read_json, remove_tree, write_atomically
+from gatefit.folder import ORIGINAL
 from gatefit.progress import OnProgress, Progress
-from gatefit.recipe import RECIPE, Recipe, read_recipe, write_recipe
+from gatefit.recipe import RECIPE, Recipe, portable, read_recipe, write_recipe
 
 BASELINE = "checkpoint-baseline.safetensors"
 FINETUNE = "checkpoint.safetensors"
@@ -32,7 +33,7 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
     if holds_something and not (out / RECIPE).is_file():
         raise CheckpointError(f"'{out}' is not a run of gatefit: it has no {RECIPE}; choose another --out")
     if holds_something:
-        if read_recipe(out / RECIPE) != recipe:
+        if portable(read_recipe(out / RECIPE), out) != portable(recipe, out):
             raise RecipeError(f"'{out}' was begun with another recipe ({out / RECIPE}); resume with the same options")
         if (out / REPORT).is_file():
             read_json(out / REPORT)
@@ -46,8 +47,9 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
 def output_folder(recipe: Recipe, out: Path, main: bool, on_progress: OnProgress) -> Iterator[None]:
     """Write `out` as a whole.
 
-    At the end of the block, checkpoints go. After an error, what a training had saved stays for --resume, unless the
-    same error would come again; else a folder that was new is removed.
+    At the end of the block, checkpoints go. After an error, what a training had saved stays for --resume. Where the
+    same error would come again, only a network whose training had ended stays. With nothing to keep, a folder that was
+    new is removed.
 
     Args:
         recipe: written into the folder first.
@@ -59,7 +61,8 @@ def output_folder(recipe: Recipe, out: Path, main: bool, on_progress: OnProgress
     fresh = not existed or not any(out.iterdir())
     try:
         if main:
-            write_atomically(out / RECIPE, lambda file: file.write_text(write_recipe(recipe)))
+            text = write_recipe(portable(recipe, out))
+            write_atomically(out / RECIPE, lambda file: file.write_text(text, encoding="utf-8"))
         yield
         if main:
             for name in CHECKPOINTS:
@@ -67,10 +70,14 @@ def output_folder(recipe: Recipe, out: Path, main: bool, on_progress: OnProgress
     except BaseException as error:
         saved = any((out / name).exists() for name in CHECKPOINTS)
         resumable = saved and not isinstance(error, TrainingError | RecipeError)  # those would come again
-        if fresh and main and not resumable and not (out / REPORT).exists():
+        learnt = out / ORIGINAL
+        if fresh and main and not resumable and not learnt.exists() and not (out / REPORT).exists():
             remove_tree(out)
             if existed:
                 out.mkdir(exist_ok=True)
+        elif main and saved and not resumable and learnt.exists():
+            line = f"The trained network is kept. In a new --out go on with --weights {learnt} --set baseline.epochs=0"
+            on_progress(Progress("convert", message=line))
         elif main and resumable and isinstance(error, Exception):
             line = f"What was trained so far is kept. Mend what follows, then go on with --resume --out {out}"
             on_progress(Progress("convert", message=line))

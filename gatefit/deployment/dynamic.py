@@ -13,6 +13,7 @@ from gatefit.deployment.region import INPUTS, Region, extract, extract_prefix
 from gatefit.gating.gates import Gate, gates_of
 from gatefit.graph.activations import activation_of
 from gatefit.graph.fold import fold_in_place
+from gatefit.graph.network import RewrittenNetwork
 
 HOLDER = "gatefit_deployed"
 
@@ -229,7 +230,7 @@ def assemble(
         holder.add_module(name, make_block(gated, gate, region, plan))
         given = (copied[region.entry], copied[region.shortcut])
         copied[node] = graph.call_module(f"{HOLDER}.{name}", given)
-    deployed = fx.GraphModule(root, graph, class_name="Deployed")
+    deployed: fx.GraphModule = RewrittenNetwork(root, graph, class_name="Deployed")
     deployed.graph.eliminate_dead_code()
     deployed.delete_all_unused_submodules()
     deployed = copy.deepcopy(deployed)

@@ -6,8 +6,7 @@ from torch import fx
 
 from gatefit.deployment.plan import BlockPlan
 from gatefit.errors import DeployError
-
-_KEY = "gatefit_deployed"
+from gatefit.gating.info import DEPLOYED
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ def deployed_info(network: fx.GraphModule) -> DeployedInfo:
     Raises:
         DeployError: gatefit did not deploy the network.
     """
-    info = network.meta.get(_KEY)
+    info = network.meta.get(DEPLOYED)
     if not isinstance(info, DeployedInfo):
         raise DeployError("this network is not deployed; call gatefit.deploy(gated, images) first")
     return info
@@ -34,4 +33,4 @@ def deployed_info(network: fx.GraphModule) -> DeployedInfo:
 
 def set_deployed_info(network: fx.GraphModule, info: DeployedInfo) -> None:
     """Give a deployed network its record."""
-    network.meta[_KEY] = info
+    network.meta[DEPLOYED] = info

@@ -1,27 +1,30 @@
 """Save and load a gated network: safetensors weights and a config.json that says how to build it."""
 
-import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
 from gatefit.errors import CheckpointError, GatefitError, first_line
-from gatefit.files import digest, read_tensors, relative_to, write_tensors
-from gatefit.folder import CONFIG, ORIGINAL, WEIGHTS, Config, Figures, read_config, write_config
-from gatefit.gating.gates import PREFIX, Gate, gates_of
+from gatefit.files import digest, plain_tensors, read_tensors, replacing
+from gatefit.folder import CONFIG, ORIGINAL, WEIGHTS, Config, Figures, read_config, this_versions, to_text, write_config
+from gatefit.gating.architecture import architecture_of, architecture_of_format_1, blocks_of
+from gatefit.gating.gates import PREFIX, gates_of
 from gatefit.gating.info import info_of, set_info
 from gatefit.gating.insert import rewrite
-from gatefit.inputs.models import InputSpec, ModelReference, build, from_registry, load_weights
+from gatefit.gating.original import build_original, read_reference, written_reference
+from gatefit.inputs.models import InputSpec
 
 
 def save(
     gated: fx.GraphModule, folder: str | Path, *, classes: Sequence[str] | None = None, figures: Figures | None = None
 ) -> None:
-    """Write a gated network into `folder` as `model.safetensors` and `config.json`.
+    """Write a gated network into `folder` as `model.safetensors` and `config.json`, both or neither.
 
     A network that gatefit did not build itself is recognised where timm or torchvision has it; any other needs
     `gatefit.load(folder, model=...)` to be read back. Where `original.safetensors` lies in the folder, its hash is
@@ -34,91 +37,73 @@ def save(
         figures: what an evaluation found.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        GatefitError: the network has no gates, `classes` are no names, or the folder cannot be written; what was in
+            it before is as it was.
     """
-    folder = Path(folder)
-    write_tensors(folder / WEIGHTS, gated.state_dict())
-    files = [name for name in (WEIGHTS, ORIGINAL) if (folder / name).is_file()]
+    folder, info = Path(folder), info_of(gated)
+    if classes is not None and (isinstance(classes, str) or not all(isinstance(name, str) for name in classes)):
+        raise CheckpointError('classes must be a list of names, such as ["cat", "dog"]')
     config = Config(
         kind="gated",
-        model=_written(info_of(gated).reference, folder),
-        input=asdict(info_of(gated).input),
+        model=written_reference(info.reference, folder),
+        input=asdict(info.input),
         part={
-            "gates": info_of(gated).gates,
+            "gates": info.gates,
             "form": next(iter(gates_of(gated).values())).form,
-            "compensation": info_of(gated).compensation,
-            "blocks": _blocks(gated),
-            "architecture": _architecture(gated),
+            "compensation": info.compensation,
+            "blocks": blocks_of(gated),
+            "architecture": architecture_of(gated),
         },
-        files={name: digest(folder / name) for name in files},
+        files={},
         classes=tuple(classes) if classes else None,
         figures=figures,
     )
-    write_config(folder, config)
+    with replacing(folder / WEIGHTS, folder / CONFIG) as (weights, text):
+        safetensors.torch.save_file(plain_tensors(gated.state_dict()), weights)
+        files = {WEIGHTS: digest(weights)}
+        if (folder / ORIGINAL).is_file():
+            files[ORIGINAL] = digest(folder / ORIGINAL)
+        text.write_text(to_text(replace(config, files=files)), encoding="utf-8")
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule:
+def load(folder: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> fx.GraphModule:
     """Read a gated network that `save` wrote, in eval mode; its outputs are the same to the bit.
 
     Args:
         folder: where it was saved.
         model: the original architecture (any weights), for networks that neither timm nor torchvision has.
+        trust_code: build the network as `config.json` says without `model` too: run the function in a Python file that
+            it names, or fetch what it names from the Hugging Face Hub. Only for folders that you trust as programs.
 
     Raises:
-        CheckpointError: the folder is incomplete, truncated, tampered with, or does not fit the network.
+        CheckpointError: the folder is incomplete, truncated, tampered with, does not fit the network, or needs `model`
+            or your word.
     """
     folder = Path(folder)
     config = read_config(folder)
     tensors = read_tensors(folder / WEIGHTS)
     config.check_file(folder, WEIGHTS)
-    reference = _read_reference(config, folder)
-    own, part = model, config.part
+    if config.format > 1 and (folder / ORIGINAL).is_file():
+        config.check_file(folder, ORIGINAL)
+    reference, part = read_reference(config, folder), config.part
+    if model is not None and not isinstance(model, nn.Module):
+        raise CheckpointError(f"model must be the original network, a torch.nn.Module, not {type(model).__name__}")
+    network = build_original(config, folder, trust_code) if model is None else model
     try:
-        if model is None:
-            if reference is None:
-                raise CheckpointError(
-                    f"{folder} was saved from a network of your own; call gatefit.load(folder, model=...)"
-                )
-            _need_file(reference, folder)
-            model = build(reference)
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.input.items()}
-        spec = InputSpec(**given)
-        example = torch.zeros(2, *spec.shape)
-        gated = rewrite(model.eval(), example, part["gates"], part["form"], part["compensation"])
-        if _blocks(gated) != part["blocks"]:
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.input.items()}
+        spec = InputSpec(**settings)
+        example = torch.zeros(2, *spec.shape, device="meta")
+        gated = rewrite(network.eval(), example, part["gates"], part["form"], part["compensation"])
+        if blocks_of(gated) != part["blocks"]:
             raise CheckpointError(f"{folder}: its gates do not fit the network that {CONFIG} names")
-        architecture = _architecture(gated) if config.format > 1 else _architecture_of_format_1(gated)
-        if own is None and architecture != part["architecture"]:
-            raise CheckpointError(
-                f"{folder}: {reference} as built here is not the network that was saved (other "
-                "arguments, or another version of its library); call gatefit.load(folder, model=...)"
-            )
         gated.load_state_dict(tensors if config.format > 1 else _from_format_1(tensors))
     except GatefitError:
         raise
     except Exception as error:
         raise CheckpointError(f"{folder} does not fit its network: {first_line(error)}") from error
+    _check_architecture(gated, config, folder, str(reference) if model is None else "")
     set_info(gated, input=spec, reference=reference)
     return gated.eval()
-
-
-def load_original(folder: Path) -> nn.Module | None:
-    """Read the original network of a folder, in eval mode; None where the folder does not hold its weights.
-
-    Raises:
-        GatefitError: its weights are not those that were saved, or the network cannot be built.
-    """
-    if not (folder / ORIGINAL).is_file():
-        return None
-    config = read_config(folder)
-    if config.format > 1:  # format 1 kept no hash of it
-        config.check_file(folder, ORIGINAL)
-    reference = _read_reference(config, folder)
-    if reference is None:
-        return None
-    original = build(reference)
-    load_weights(original, folder / ORIGINAL)
-    return original.eval()
 
 
 def record_file(folder: Path, name: str) -> None:
@@ -132,73 +117,33 @@ def record_file(folder: Path, name: str) -> None:
         write_config(folder, replace(config, files={**config.files, name: digest(folder / name)}))
 
 
-def _written(reference: ModelReference | None, folder: Path) -> dict[str, Any] | None:
-    """Write a reference as `config.json` keeps it: one that needs no network, its file as seen from the folder."""
-    if reference is None:
-        return None
-    written = asdict(from_registry(reference))
-    if reference.source == "file":
-        path, function = reference.name.rsplit(":", 1)
-        written["name"] = f"{relative_to(folder, Path(path))}:{function}"
-    return written
+def _check_architecture(gated: fx.GraphModule, config: Config, folder: Path, built: str) -> None:
+    """Refuse a network that computes otherwise than the one that was saved, or warn where a library may be why.
 
-
-def _read_reference(config: Config, folder: Path) -> ModelReference | None:
-    if config.model is None:
-        return None
-    try:
-        reference = ModelReference(**config.model)
-        if reference.source != "file":
-            return reference
-        path, function = reference.name.rsplit(":", 1)
-        file = (folder.resolve() / path).resolve()
-        return ModelReference("file", f"{file}:{function}", reference.arguments)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is not one that gatefit wrote: {error}") from error
-
-
-def _need_file(reference: ModelReference, folder: Path) -> None:
-    file = reference.name.rpartition(":")[0]
-    if reference.source == "file" and not Path(file).is_file():
-        raise CheckpointError(
-            f"no file '{file}', which builds the network of {folder}; put it there, or call "
-            "gatefit.load(folder, model=...)"
-        )
-
-
-def _blocks(gated: fx.GraphModule) -> list[dict[str, Any]]:
-    return [{"name": n, "features": g.of.features, "units": g.of.units} for n, g in gates_of(gated).items()]
-
-
-def _architecture(gated: fx.GraphModule) -> str:
-    """Digest of what is computed: each node's function or module with its settings, and what it reads.
-
-    Nodes are counted, not named, and gates are described by `blocks`: what a later version calls them does not count.
+    Keys and shapes do not tell ReLU from GELU. Libraries change how they describe their layers now and then: a network
+    that the user gives is taken in spite of that, where they are of other versions than when it was saved.
     """
-    numbers = {node: i for i, node in enumerate(gated.graph.nodes)}
-    lines = []
-    for node in gated.graph.nodes:
-        what: Any = node.target
-        if node.op == "call_module":
-            module = gated.get_submodule(str(node.target))
-            what = "gate" if isinstance(module, Gate) else f"{node.target} {module}"
-        elif node.op == "call_function":
-            home = str(getattr(what, "__module__", ""))
-            what = f"{'gatefit' if home.startswith('gatefit.') else home}.{getattr(what, '__name__', '')}"
-        lines.append(f"{node.op} {what} {fx.map_arg((node.args, node.kwargs), lambda n: f'#{numbers[n]}')}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _architecture_of_format_1(gated: fx.GraphModule) -> str:
-    """Compute the digest that format 1 kept, which hung on the names of its time."""
-    text = f"{gated.code}{gated}"
-    for now, then in (
-        ("gatefit_graph_ops_", "gatefit_gates_"),
-        ("add_compensation", "add_fill"),
-        ("(compensation)", "(fill)"),
-    ):
-        text = text.replace(now, then)
-    return hashlib.sha256(text.encode()).hexdigest()
+    architecture = architecture_of(gated) if config.format > 1 else architecture_of_format_1(gated)
+    if architecture == config.part["architecture"]:
+        return
+    if built:
+        raise CheckpointError(
+            f"{folder}: {built} as built here is not the network that was saved (other "
+            "arguments, or another version of its library); call gatefit.load(folder, model=...)"
+        )
+    now = this_versions()
+    saved = {name: config.versions.get(name, "unknown") for name in now if name not in ("python", "gatefit")}
+    changed = [f"{name} {then}, now {now[name]}" for name, then in saved.items() if then != now[name]]
+    if not changed:
+        raise CheckpointError(
+            f"{folder}: the network given is not the one that was saved: its keys and shapes fit, what it computes "
+            "does not (another activation, layer setting or order of layers); give the same network"
+        )
+    warnings.warn(
+        f"{folder}: the network given is not described as the one that was saved; it may compute something else, or "
+        f"libraries describe it otherwise (saved with {'; '.join(changed)}): compare its outputs with the original's",
+        stacklevel=3,
+    )
 
 
 def _from_format_1(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from gatefit.inputs.models import InputSpec, ModelReference
 GateKinds = Literal["lc", "l", "c"]
 """Which gates each block gets: block gates (L-Net), channel gates (C-Net), or both."""
 _KEY = "gatefit"
+DEPLOYED = "gatefit_deployed"
+"""Where a deployed network keeps its record, see `gatefit.deployment.info`."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,12 @@ def info_of(gated: fx.GraphModule) -> GatedInfo:
     """Return the record of a gated network.
 
     Raises:
-        GatefitError: `retrofit` or `load` did not make the network.
+        GatefitError: `retrofit` or `load` did not make the network, or it is deployed.
     """
-    info = getattr(gated, "meta", {}).get(_KEY)
+    meta = getattr(gated, "meta", None)
+    if isinstance(meta, dict) and DEPLOYED in meta:
+        raise GatefitError("this network is deployed, for running alone; pass the gated network it was made from")
+    info = meta.get(_KEY) if isinstance(meta, dict) else None
     if not isinstance(info, GatedInfo):
         raise GatefitError("this network has no gates; call gatefit.retrofit(model) first")
     return info

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError, first_line
+from gatefit.graph.network import RewrittenNetwork
 from gatefit.graph.tracer import ShapeTracer
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -51,7 +52,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     _take_constants(graph, analysed, root)
     _drop_frozen_inputs(graph)
     _functionalise(graph)
-    traced = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    traced = RewrittenNetwork(root, graph, class_name=type(model).__name__)
     traced.graph.eliminate_dead_code()
     _modularise_dropout(traced)
     _keep_unused_state(traced, root)

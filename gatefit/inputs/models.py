@@ -257,7 +257,7 @@ def _from_file(reference: ModelReference) -> nn.Module:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself, as argparse does
         raise ModelError(f"{path} cannot be imported: {first_line(error)[:160]}") from error
     builder = getattr(module, function, None)
     if not callable(builder):
@@ -266,7 +266,7 @@ def _from_file(reference: ModelReference) -> nn.Module:
         raise ModelError(f"{path} has no function '{function}'; did you mean {', '.join(near) or 'another file'}?")
     try:
         model = builder(**reference.arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{reference} cannot be built: {first_line(error)[:160]}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{reference} returned {type(model).__name__}, not a torch module")

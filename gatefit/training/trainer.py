@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from gatefit.errors import CheckpointError, RecipeError, TrainingError, first_line
-from gatefit.files import write_tensors
+from gatefit.files import tensors_digest, write_tensors
 from gatefit.gating.gates import PREFIX, Gate
 from gatefit.inputs.data import ImageSet, normalise
 from gatefit.inputs.loader import augment, generator, loader
@@ -148,6 +148,8 @@ class Trainer:
         else:
             for controller in self.controllers:
                 controller.begin()
+            if self.controllers and checkpoint is not None and self.accelerator.is_main_process:
+                self._save(checkpoint)  # what they prepared takes minutes
         self.objective.to(memory_format=torch.channels_last)
         objective, optimizer = self.accelerator.prepare(self.objective, self.optimizer)
         saved = time.monotonic()
@@ -254,13 +256,17 @@ class Trainer:
         self.state.controllers = [controller.state() for controller in self.controllers]
         if self.accelerator.scaler is not None:
             self.state.scaler = self.accelerator.scaler.state_dict()
-        write_tensors(file, tensors, {"state": json.dumps({**asdict(self.state), "stage": self.stage})})
+        state = json.dumps({**asdict(self.state), "stage": self.stage})
+        write_tensors(file, tensors, {"state": state, "digest": tensors_digest(tensors, state)})
 
     def _restore(self, file: Path) -> None:
         try:
             with safetensors.safe_open(file, "pt") as stream:
-                header = json.loads(stream.metadata()["state"])
+                metadata = stream.metadata()
                 tensors = {k: stream.get_tensor(k) for k in stream.keys()}  # noqa: SIM118
+            if metadata["digest"] != tensors_digest(tensors, metadata["state"]):
+                raise ValueError("its content is not what was saved")
+            header = json.loads(metadata["state"])
             if header.pop("stage") != self.stage:
                 raise ValueError("it is of another stage")
             self.state = _State(**header)

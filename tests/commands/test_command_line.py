@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 from gatefit.commands.cli import app
 from gatefit.commands.cli.convert import _epoch
 from gatefit.commands.cli.session import session
-from gatefit.errors import RecipeError
+from gatefit.commands.convert import convert
+from gatefit.errors import GatefitError, RecipeError
 from gatefit.formats import model_title
 from gatefit.progress import Progress
-from gatefit.recipe import FinetunePart, Recipe, with_settings
+from gatefit.recipe import ClosingPart, FinetunePart, ModelPart, Recipe, with_settings
 from gatefit.version import __version__
 
 ROOT = Path(__file__).parent.parent.parent
@@ -257,3 +258,35 @@ def test_a_target_that_is_set_replaces_the_recipes_l1():
     assert (recipe.closing.l1, recipe.closing.target) == (None, 0.5)
     with pytest.raises(RecipeError, match="not both"):
         with_settings(recipe, ["closing.target=0.5", "closing.l1=0.1"])
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("a\nb"), RecursionError(), ZeroDivisionError("division")])
+def test_errors_that_nobody_expected_are_one_line_and_can_be_traced(monkeypatch, error):
+    def fails(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr("gatefit.inputs.models.build", fails)
+    result = gatefit("inspect", "test_resnet")
+    (line,) = [x for x in result.stderr.splitlines() if x.startswith("gatefit: ")]
+    assert result.exit_code == 1 and type(error).__name__ in line and "test_command_line.py, line" in line
+    monkeypatch.setenv("GATEFIT_TRACEBACK", "1")
+    assert gatefit("inspect", "test_resnet").exception is error
+
+
+def test_a_script_that_ends_itself_is_no_network(tmp_path):
+    file = tmp_path / "train.py"
+    file.write_text("import argparse\nargparse.ArgumentParser().add_argument('x')\nraise SystemExit(2)\n")
+    result = gatefit("inspect", f"{file}:net")
+    assert result.exit_code == 1 and "train.py cannot be imported" in result.stderr
+
+
+def test_a_resume_of_nothing_says_so(tmp_path):
+    said = []
+    with pytest.raises(GatefitError, match="no model 'nothing'"):
+        convert(
+            Recipe(model=ModelPart(name="nothing"), closing=ClosingPart(target=0.5)),
+            tmp_path / "out",
+            resume=True,
+            on_progress=lambda p: said.append(p.message),
+        )
+    assert len(said) == 1 and "nothing to resume in" in said[0]

@@ -135,3 +135,22 @@ def test_a_deployment_needs_a_network_beside_it(deployed, tmp_path):
     with pytest.raises(CheckpointError, match=r"no file .*config\.json"):
         write_deployment(tmp_path, deployed_info(deployed[2]).plans)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["blocks"][0].update(codebook=[]),
+        lambda c: c["blocks"][0].update(codebook=[[]]),
+        lambda c: c["blocks"].pop(),
+        lambda c: c["blocks"][0].update(exact=not c["blocks"][0]["exact"]),
+        lambda c: c.pop("digest"),
+    ],
+)
+def test_a_deployment_that_was_changed_is_refused(in_torch, change):
+    folder, _, _ = in_torch
+    changed = content(folder)
+    change(changed)
+    (folder / "deployment.json").write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match=r"was changed after it was written; deploy anew|is damaged"):
+        load_deployed(folder)

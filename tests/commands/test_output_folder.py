@@ -7,8 +7,9 @@ import pytest
 
 from gatefit.commands.output_folder import BASELINE, FINETUNE, check_folder, output_folder
 from gatefit.errors import CheckpointError, RecipeError, TrainingError
+from gatefit.folder import ORIGINAL
 from gatefit.progress import silent
-from gatefit.recipe import ClosingPart, ModelPart, Recipe
+from gatefit.recipe import ClosingPart, DataPart, ModelPart, Recipe
 
 RECIPE = Recipe(model=ModelPart(name="resnet18"), closing=ClosingPart(target=0.5))
 
@@ -48,6 +49,31 @@ def test_what_was_trained_is_kept_and_said(tmp_path):
 def test_what_would_fail_again_is_not_kept(tmp_path, error):
     broken_off(tmp_path / "out", error, True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [TrainingError("not finite"), RecipeError("cannot be reached"), KeyError("bug")])
+def test_a_network_that_was_trained_is_kept(tmp_path, error):
+    messages, out = [], tmp_path / "out"
+    with pytest.raises(type(error)), opened(out, on_progress=lambda p: messages.append(p.message)):
+        (out / BASELINE).write_bytes(b"learnt")
+        (out / ORIGINAL).write_bytes(b"learnt")
+        raise error
+    assert (out / ORIGINAL).read_bytes() == b"learnt"
+    assert (
+        len(messages) == 1 and ("--resume" if isinstance(error, KeyError) else f"--weights {out}/orig") in messages[0]
+    )
+
+
+def test_a_run_begun_elsewhere_is_the_same_when_its_folder_moved(tmp_path):
+    project = tmp_path / "project"
+    (project / "photos").mkdir(parents=True)
+    recipe = replace(RECIPE, data=DataPart(name=str(project / "photos")))
+    broken_off(project / "out", OSError("no space"), True, recipe=recipe)
+    assert str(tmp_path) not in (project / "out" / "recipe.toml").read_text()
+    project.rename(tmp_path / "moved")
+    with pytest.raises(RecipeError, match="another recipe"):
+        check_folder(recipe, tmp_path / "moved" / "out", True)
+    check_folder(replace(RECIPE, data=DataPart(name=str(tmp_path / "moved/photos"))), tmp_path / "moved" / "out", True)
 
 
 def test_a_run_that_is_resumed_loses_nothing(tmp_path):

@@ -110,3 +110,43 @@ def test_networks_that_timm_or_torchvision_made_need_no_reference(tmp_path):
     gatefit.save(gated, tmp_path)
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(gatefit.load(tmp_path)(x), gated(x))
+
+
+@pytest.mark.parametrize("kind", ["deployed", "plain"])
+def test_what_takes_gated_networks_names_what_it_was_given(tmp_path, kind):
+    x = images()
+    network = make("basic")
+    message = r"has no gates; call gatefit\.retrofit"
+    if kind == "deployed":
+        network = gatefit.deploy(gatefit.retrofit(network, x, "c", "step").eval(), x, tuned=False)
+        message = "is deployed, for running alone; pass the gated network"
+    data = (x, torch.zeros(len(x), dtype=torch.int64))
+    for call in (
+        lambda: gatefit.evaluate(network, data),
+        lambda: gatefit.finetune(network, data, target=0.5),
+        lambda: gatefit.save(network, tmp_path / "run"),
+        lambda: gatefit.save_pretrained(network, tmp_path / "run"),
+        lambda: gatefit.deploy(network, x),
+        lambda: gatefit.push_to_hub(network, "me/run"),
+    ):
+        with pytest.raises(gatefit.GatefitError, match=message):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "nul\0l", "x" * 300])
+def test_places_that_cannot_be_written_end_in_one_line(tmp_path, name):
+    (tmp_path / "file").write_text("mine")
+    gated = gatefit.retrofit(make("basic"), images(), "c")
+    for call in (lambda: gatefit.save(gated, tmp_path / name), lambda: gatefit.load(tmp_path / name)):
+        with pytest.raises(CheckpointError) as refused:
+            call()
+        assert "\n" not in str(refused.value)
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("model", [3, torch.nn.Linear])
+def test_what_is_no_network_is_refused(tmp_path, model):
+    gatefit.save(gatefit.retrofit(make("basic"), images(), "c"), tmp_path)
+    with pytest.raises(CheckpointError, match="model must be the original network"):
+        gatefit.load(tmp_path, model)

@@ -10,12 +10,14 @@ from networks import images, make
 from safetensors.torch import load_file, save_file
 
 import gatefit
+from gatefit.commands.opened import open_folder
 from gatefit.errors import CheckpointError
 from gatefit.files import json_digest, write_tensors
 from gatefit.folder import Figures, read_config
-from gatefit.gating.checkpoint import load_original, record_file
+from gatefit.gating.checkpoint import record_file
 from gatefit.gating.gates import gates_of
 from gatefit.gating.info import info_of, set_info
+from gatefit.gating.original import load_original
 from gatefit.inputs.models import ModelReference, build
 
 FIGURES = Figures("digits", 360, 0.9, 0.95, 1200.0, 0.6, 0.92, 2000)
@@ -198,10 +200,10 @@ def test_the_same_layers_in_another_order_are_refused(tmp_path):
     gated = gatefit.retrofit(build(reference), torch.zeros(2, 3, 8, 8), "c")
     set_info(gated, reference=reference)
     gatefit.save(gated, tmp_path)
-    gatefit.load(tmp_path)
+    gatefit.load(tmp_path, trust_code=True)
     (tmp_path / "own.py").write_text(text.replace("self.a(self.b(x))", "self.b(self.a(x))"))
     with pytest.raises(CheckpointError, match=r"do not fit the network|is not the network that was saved"):
-        gatefit.load(tmp_path)
+        gatefit.load(tmp_path, trust_code=True)
 
 
 def test_an_own_file_is_kept_by_its_way_from_the_folder(tmp_path):
@@ -216,7 +218,7 @@ def test_an_own_file_is_kept_by_its_way_from_the_folder(tmp_path):
     assert read_config(folder).model["name"] == "../../own.py:net"
     shutil.move(project, tmp_path / "moved")
     moved = tmp_path / "moved" / "runs" / "mine"
-    assert torch.equal(gatefit.load(moved)(images()), gated(images()))
+    assert torch.equal(gatefit.load(moved, trust_code=True)(images()), gated(images()))
     shutil.move(moved, tmp_path / "alone")
     with pytest.raises(gatefit.GatefitError, match=r"no file .*own\.py', which builds .*; put it there"):
         gatefit.load(tmp_path / "alone")
@@ -251,3 +253,92 @@ def test_a_file_that_is_added_keeps_the_rest(saved):
 def test_no_class_names_are_none_not_empty(tmp_path):
     gatefit.save(gatefit.retrofit(make("basic"), images()), tmp_path, classes=[])
     assert read_config(tmp_path).classes is None and read_config(tmp_path).figures is None
+
+
+def test_other_activations_in_the_network_given_are_refused(tmp_path):
+    """Keys and shapes are the same; what is computed is not."""
+    reference = ModelReference("timm", "test_resnet", {"num_classes": 7})
+    gated = gatefit.retrofit(build(reference), torch.zeros(2, 3, 64, 64), "c")
+    gatefit.save(gated, tmp_path)
+    gatefit.load(tmp_path, build(reference))
+    gelu = build(ModelReference("timm", "test_resnet", {"num_classes": 7, "act_layer": "gelu"}))
+    with pytest.raises(CheckpointError, match="is not the one that was saved") as refused:
+        gatefit.load(tmp_path, gelu)
+    assert "\n" not in str(refused.value)
+    edit(tmp_path, lambda c: c["versions"].update(torch="1.0"), seal=True)
+    with pytest.warns(UserWarning, match=r"saved with torch 1\.0, now"):
+        gatefit.load(tmp_path, gelu)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["input"].update(crop=-1),
+        lambda c: c["input"].update(std=[0, 1, 1]),
+        lambda c: c["input"].update(shape=[3, 10**9, 10**9]),
+        lambda c: c["input"].update(mean="x"),
+        lambda c: c.update(classes=[1, 2]),
+        lambda c: c["figures"].update(accuracy="high"),
+    ],
+)
+def test_values_out_of_range_are_refused_whoever_sealed_them(saved, change):
+    _, folder = saved
+    edit(folder, change, seal=True)
+    with pytest.raises(CheckpointError, match="is not one that gatefit wrote") as refused:
+        gatefit.load(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_damaged_original_is_seen_at_loading(tmp_path):
+    gated = gated_resnet()
+    write_tensors(tmp_path / "original.safetensors", build(info_of(gated).reference).state_dict())
+    gatefit.save(gated, tmp_path)
+    damaged = bytearray((tmp_path / "original.safetensors").read_bytes())
+    damaged[-5] ^= 1
+    (tmp_path / "original.safetensors").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"original\.safetensors is not the file"):
+        gatefit.load(tmp_path)
+
+
+@pytest.mark.parametrize("classes", [[object()], [1, 2], "cats", [b"x"]])
+def test_what_cannot_be_saved_leaves_an_earlier_run_as_it_was(tmp_path, classes):
+    gated = gated_resnet()
+    gatefit.save(gated, tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="classes must be a list of names"):
+        gatefit.save(gated_resnet(), tmp_path, classes=classes)
+    with pytest.raises(CheckpointError, match="cannot be written as JSON"):
+        gatefit.save(gated_resnet(), tmp_path, figures=Figures("x", 1, float("nan"), None, 1.0, 0.5, None, 2))
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_no_code_of_a_folder_runs_without_the_word(tmp_path):
+    project, ran = tmp_path / "project", tmp_path / "ran"
+    project.mkdir()
+    (project / "own.py").write_text(
+        f"import networks\nopen({str(ran)!r}, 'w').close()\n\n\ndef net():\n    return networks.make('basic')\n"
+    )
+    gated = gatefit.retrofit(make("basic"), images(), "c", "step").eval()
+    set_info(gated, reference=ModelReference("file", f"{project / 'own.py'}:net"))
+    folder = project / "run"
+    write_tensors(folder / "original.safetensors", make("basic").state_dict())
+    gatefit.save(gated, folder)
+    for call in (gatefit.load, load_original, open_folder, gatefit.load_deployed):
+        with pytest.raises(CheckpointError, match=r"names code, the function .*own\.py:net.*--trust-code|no file"):
+            call(folder)
+    assert torch.equal(gatefit.load(folder, make("basic"))(images()), gated(images()))
+    assert not ran.exists()
+    assert torch.equal(gatefit.load(folder, trust_code=True)(images()), gated(images()))
+    assert ran.exists()
+
+
+def test_a_name_on_the_hub_is_fetched_with_the_word_alone(saved, monkeypatch):
+    gated, folder = saved
+    edit(folder, lambda c: c.update(model={"source": "timm", "name": "hf-hub:a/b", "arguments": {}}), seal=True)
+    asked, original = [], build(info_of(gated).reference)
+    monkeypatch.setattr("timm.create_model", lambda name, **_: asked.append(name) or original)
+    with pytest.raises(CheckpointError, match=r"hf-hub:a/b .*--trust-code"):
+        gatefit.load(folder)
+    assert not asked
+    gatefit.load(folder, trust_code=True)
+    assert asked == ["hf-hub:a/b"]

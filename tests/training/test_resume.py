@@ -1,6 +1,8 @@
 """A run that was broken off ends as if it had not been."""
 
 import copy
+import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,3 +65,40 @@ def test_processes_that_see_different_files_are_refused(dense, digits, monkeypat
     monkeypatch.setattr(Trainer, "_average", lambda self, value: 0.5)  # of two hosts one has the file
     with pytest.raises(CheckpointError, match="all hosts must share"):
         train_dense(copy.deepcopy(dense), digits.train, SPEC, LOOP, checkpoint=tmp_path / "c", resume=True)
+
+
+def test_a_checkpoint_with_any_byte_changed_is_refused(dense, digits, tmp_path):
+    file = tmp_path / "c.safetensors"
+    train_dense(copy.deepcopy(dense), digits.train, SPEC, replace(LOOP, epochs=1), checkpoint=file)
+    good = file.read_bytes()
+    choose = random.Random(0)
+    for _ in range(40):
+        damaged = bytearray(good)
+        for _ in range(choose.choice([1, 1, 8])):
+            damaged[choose.randrange(len(good))] ^= 1 << choose.randrange(8)
+        file.write_bytes(damaged)
+        trainer = Trainer(copy.deepcopy(dense), digits.train, SPEC, LOOP, stage="baseline", seed=0)
+        if bytes(damaged) != good:
+            with pytest.raises(CheckpointError, match="damaged or of another run") as refused:
+                trainer._restore(file)
+            assert "\n" not in str(refused.value)
+
+
+def test_the_start_is_not_done_again(dense, digits, tmp_path):
+    """What the gates were set to before the first step is kept: a run that is broken off right behind it goes on."""
+    whole, file = gate(dense), tmp_path / "c.safetensors"
+    gatefit.finetune(whole, digits, dense, **short(), seed=3)
+
+    def stop(progress):
+        if progress.stage == "fine-tune":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gatefit.finetune(gate(dense), digits, dense, **short(), seed=3, on_progress=stop, checkpoint=file)
+    again, stages = gate(dense), []
+    gatefit.finetune(
+        again, digits, dense, **short(), seed=3, checkpoint=file, resume=True,
+        on_progress=lambda p: stages.append(p.stage),
+    )  # fmt: skip
+    assert stages[0] == "fine-tune"
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in again.state_dict().items())

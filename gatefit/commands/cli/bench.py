@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from gatefit.commands.cli.session import LARGEST_BATCH, ImageSize, Json, Mean, Std, numbers, print_json, session
+from gatefit.commands.cli.session import (
+    LARGEST_BATCH,
+    ImageSize,
+    Json,
+    Mean,
+    Std,
+    TrustCode,
+    numbers,
+    print_json,
+    session,
+)
 from gatefit.errors import GatefitError
 from gatefit.formats import model_title
 
@@ -26,6 +36,7 @@ def bench(
     std: Std = "",
     threads: Annotated[int, typer.Option(help="CPU threads. 0: as many as torch takes.")] = 0,
     rounds: Annotated[int, typer.Option(help="Rounds. Each runs every engine once.")] = 60,
+    trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
     """Time a network with gates beside the original's fastest forms.
@@ -45,7 +56,7 @@ def bench(
 
         stated = StatedInput(image_size, numbers("--mean", mean), numbers("--std", std))
         say = functools.partial(typer.echo, err=True)
-        timings, rows = run_bench(network, data, sizes, what_if, threads, rounds, stated, say)
+        timings, rows = run_bench(network, data, sizes, what_if, threads, rounds, stated, say, trust_code)
         measured = {"rows": [asdict(r) for r in rows], "engines": [asdict(t) for t in timings]}
         if as_json:
             print_json(stdout, measured)

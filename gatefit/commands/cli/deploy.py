@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gatefit.commands.cli.session import LARGEST_BATCH, Folder, SkipCorrupt, say_input, session
+from gatefit.commands.cli.session import LARGEST_BATCH, Folder, SkipCorrupt, TrustCode, say_input, session
 from gatefit.errors import DeployError
 
 
@@ -44,6 +44,7 @@ def deploy(
     ] = Placements.sequential,
     out: Annotated[Path | None, typer.Option(help="The ONNX file. Default: FOLDER/model.onnx.")] = None,
     skip_corrupt: SkipCorrupt = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Make a converted network fast: only what an image needs runs.
 
@@ -62,7 +63,7 @@ def deploy(
             if not 1 <= value <= LARGEST_BATCH:
                 raise DeployError(f"{name} must lie between 1 and {LARGEST_BATCH}, not {value}")
         say_input(folder)
-        opened = open_folder(folder, data, skip_corrupt)
+        opened = open_folder(folder, data, skip_corrupt, trust_code)
         prune = prune_unused or harvest
         deployment = deploy_folder(folder, opened, backend.value, masks, prune, batch, out, placement.value)
         console = Console(file=stdout, markup=False)

@@ -6,6 +6,7 @@ from gatefit.commands.cli.session import (
     Folder,
     Json,
     SkipCorrupt,
+    TrustCode,
     choose_device,
     print_json,
     say_input,
@@ -14,7 +15,12 @@ from gatefit.commands.cli.session import (
 
 
 def evaluate(
-    folder: Folder, data: Data = "", device: Device = "", skip_corrupt: SkipCorrupt = False, as_json: Json = False
+    folder: Folder,
+    data: Data = "",
+    device: Device = "",
+    skip_corrupt: SkipCorrupt = False,
+    trust_code: TrustCode = False,
+    as_json: Json = False,
 ) -> None:
     """Measure accuracy and MACs per image of a converted network.
 
@@ -28,7 +34,7 @@ def evaluate(
         from gatefit.commands.opened import evaluate_folder
 
         say_input(folder)
-        _, report = evaluate_folder(folder, data, skip_corrupt)
+        _, report = evaluate_folder(folder, data, skip_corrupt, trust_code)
         if as_json:
             print_json(stdout, report)
         else:

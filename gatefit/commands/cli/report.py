@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gatefit.commands.cli.session import Data, Device, SkipCorrupt, choose_device, say_input, session
+from gatefit.commands.cli.session import Data, Device, SkipCorrupt, TrustCode, choose_device, say_input, session
 
 
 def report(
@@ -22,6 +22,7 @@ def report(
     ] = "",
     device: Device = "",
     skip_corrupt: SkipCorrupt = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write a page with pictures, report.html, into a folder.
 
@@ -34,5 +35,5 @@ def report(
         from gatefit.commands.opened import report_folders
 
         say_input(folders[0])
-        page = report_folders(folders, data, skip_corrupt, block)
+        page = report_folders(folders, data, skip_corrupt, block, trust_code)
         Console(file=stdout, markup=False).print(f"written: {page}", soft_wrap=True)

@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -16,6 +17,8 @@ from gatefit.errors import GatefitError, GatefitWarning
 
 LARGEST_BATCH = 4096
 PACKAGE = Path(__file__).parents[2]
+TRACEBACK = "GATEFIT_TRACEBACK"
+"""Environment variable with which errors that gatefit did not expect come with their traceback."""
 
 Data = Annotated[str, typer.Option(help="Other images. Default: those of the conversion.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
@@ -31,6 +34,10 @@ Mean = Annotated[
 Std = Annotated[str, typer.Option(metavar="X[,X,X]", help="Standard deviation of the pixels, in the same way.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that gatefit convert wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-code", help="Run the Python file that the folder names, or fetch the network that it names."),
+]
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Skip images that cannot be read.")]
 
 
@@ -65,9 +72,21 @@ def session(command: str, out: Path | None = None, position: Callable[[], str] =
             )
             typer.echo(f"Interrupted. {how}", err=True)
         raise typer.Exit(130) from None
-    except (OSError, RuntimeError, MemoryError) as error:
-        typer.echo(f"gatefit: {type(error).__name__}: {_one_line(error)[:300]}", err=True)
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        typer.echo(f"gatefit: {type(error).__name__}: {_one_line(error)[:300]}{_origin(error)}", err=True)
         raise typer.Exit(1) from None
+
+
+def _origin(error: Exception) -> str:
+    """Say where an error comes from that is no fault of the machine: in gatefit, or in the user's own network."""
+    if isinstance(error, OSError | MemoryError):
+        return ""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({Path(last.filename).name}, line {last.lineno}; {TRACEBACK}=1 shows all of it)"
 
 
 @contextmanager

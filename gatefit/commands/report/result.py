@@ -34,7 +34,7 @@ def read_result(folder: Path) -> Result:
     Raises:
         CheckpointError: there is no report.json, or one of the two is damaged or of another program.
     """
-    report = read_json(folder / REPORT)
+    report = read_json(folder / REPORT, "report")
     parts = [(_DENSE, "dense"), (_GATED, "gated")]
     if not (
         _has(report, _KEYS)
@@ -42,7 +42,7 @@ def read_result(folder: Path) -> Result:
         and _all_have(report["history"], _EPOCH)
     ):
         raise CheckpointError(f"{folder / REPORT} is not one that gatefit convert wrote: keys are missing")
-    bench = read_json(folder / BENCH) if (folder / BENCH).is_file() else {"rows": []}
+    bench = read_json(folder / BENCH, "bench") if (folder / BENCH).is_file() else {"rows": []}
     if not (_has(bench, {"rows"}) and _all_have(bench["rows"], _ROW)):
         raise CheckpointError(f"{folder / BENCH} is not one that gatefit bench wrote; remove it")
     return Result(folder.resolve().name, report, bench["rows"])

@@ -13,6 +13,7 @@ from gatefit.deployment.plan import BlockPlan
 from gatefit.deployment.region import Region
 from gatefit.errors import DeployError
 from gatefit.gating.gates import Gate
+from gatefit.graph.network import RewrittenNetwork
 
 
 def gathered_network(
@@ -26,7 +27,8 @@ def gathered_network(
     What lies between them runs as `gatefit.deployment.engines.segments.with_fast_segments` says; the engines that
     it chose stand in its `gatefit.deployment.info.DeployedInfo`.
     """
-    network, chosen = with_fast_segments(assemble(gated, plans, _block), batches, engines)
+    joined, chosen = with_fast_segments(assemble(gated, plans, _block), batches, engines)
+    network = RewrittenNetwork(joined, joined.graph, class_name="Deployed").eval()
     set_deployed_info(network, DeployedInfo(tuple(plan for plan, _ in plans.values()), chosen))
     return network
 

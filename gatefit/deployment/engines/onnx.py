@@ -85,6 +85,9 @@ class OnnxNetwork:
         self.model, self.plans = model, plans
         self._run = Session(model)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OnnxNetwork, (self.model, self.plans)
+
     def __call__(self, images: Tensor) -> Tensor:
         """Run a batch. Raises DeployError for images of another size than the file was made for."""
         shape = next(iter(self._run.inputs.values()))[1:]
