@@ -18,6 +18,7 @@ from gatefit.gating.gates import PREFIX, gates_of
 from gatefit.gating.info import info_of, set_info
 from gatefit.gating.insert import rewrite
 from gatefit.gating.original import build_original, read_reference, written_reference
+from gatefit.graph.example import Example
 from gatefit.inputs.models import InputSpec
 
 
@@ -66,12 +67,15 @@ def save(
         text.write_text(to_text(replace(config, files=files)), encoding="utf-8")
 
 
-def load(folder: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> fx.GraphModule:
+def load(
+    folder: str | Path, model: nn.Module | None = None, example: Example | None = None, *, trust_code: bool = False
+) -> fx.GraphModule:
     """Read a gated network that `save` wrote, in eval mode; its outputs are the same to the bit.
 
     Args:
         folder: where it was saved.
         model: the original architecture (any weights), for networks that neither timm nor torchvision has.
+        example: what `retrofit` was given, for networks of several inputs.
         trust_code: build the network as `config.json` says without `model` too: run the function in a Python file that
             it names, or fetch what it names from the Hugging Face Hub. Only for folders that you trust as programs.
 
@@ -92,7 +96,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, trust_code: bool
     try:
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.input.items()}
         spec = InputSpec(**settings)
-        example = torch.zeros(2, *spec.shape, device="meta")
+        example = torch.zeros(2, *spec.shape) if example is None else example
         gated = rewrite(network.eval(), example, part["gates"], part["form"], part["compensation"])
         if blocks_of(gated) != part["blocks"]:
             raise CheckpointError(f"{folder}: its gates do not fit the network that {CONFIG} names")

@@ -10,22 +10,24 @@ from gatefit.errors import ConversionError, RecipeError
 from gatefit.gating.gates import PREFIX, Gate, GateForm, GateResult
 from gatefit.gating.info import GatedInfo, GateKinds, set_info
 from gatefit.gating.verify import verify
+from gatefit.graph.accept import unwrap
 from gatefit.graph.blocks import FoundBlocks, ResidualBlock, match_blocks
 from gatefit.graph.channels import with_channel_units
 from gatefit.graph.edit import insert_behind
+from gatefit.graph.example import Example, first_tensor, random_like
 from gatefit.graph.ops import add_compensation, harden, scale
 from gatefit.graph.trace import trace
 from gatefit.inputs.models import input_spec, recognise
 from gatefit.renamed import renamed_argument
 
 
-def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
+def find_blocks(model: nn.Module, example: Example | None = None) -> FoundBlocks:
     """Find every residual block of a network and what its gates would control.
 
     Args:
-        model: a network that torch.fx can trace; untouched.
-        example: an input (B, C, H, W). By default of the size that the network's own
-            `pretrained_cfg` (timm) names, else (2, 3, 224, 224).
+        model: a network that torch.fx can trace; untouched. `nn.DataParallel` and `torch.compile` are looked into.
+        example: an input, such as images (B, C, H, W); a tuple of several inputs, or a dictionary by their names. By
+            default images of the size that the network's own `pretrained_cfg` (timm) names, else (2, 3, 224, 224).
 
     Returns:
         FoundBlocks: `.blocks`, `.skipped` (each addition refused, with the reason), `.macs` (dense, per image).
@@ -33,13 +35,14 @@ def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
     Raises:
         ConversionError: the network cannot be traced or does not take the example.
     """
+    model = unwrap(model)
     return _find(model, default_example(model) if example is None else example)[1]
 
 
 @renamed_argument("fill", "compensation")
 def retrofit(
     model: nn.Module,
-    example: Tensor | None = None,
+    example: Example | None = None,
     gates: GateKinds = "lc",
     form: GateForm = "relu1",
     compensation: bool = False,
@@ -50,8 +53,12 @@ def retrofit(
     what is new stands under `gatefit.`. `model` stays as it is. The conversion is checked before it is returned
     (see `gatefit.gating.verify`); what was checked stands in `gatefit.gating.info.info_of(gated).verification`.
 
+    The defaults are the paper's form, which trains in any loop. `gatefit convert` makes another, gates="c",
+    form="step", compensation=True: its gates are set from data, which kept more accuracy at equal MACs.
+
     Args:
-        model: the trained network; weights, mode and hooks are left untouched.
+        model: the trained network; weights, mode and hooks are left untouched. The copy is of the network inside
+            `nn.DataParallel` or `torch.compile`.
         example: see `find_blocks`; the result takes other batch and image sizes too.
         gates: "lc" (both), "l" (block gates alone) or "c" (channel gates alone).
         form: form of the saliences, see `gatefit.gating.gates.GateForm`.
@@ -64,14 +71,17 @@ def retrofit(
 
     Source: arXiv 2007.15151, joint form: both gates in parallel to the block on one shared pooling.
     """
+    model = unwrap(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConversionError("the network is on the meta device and has no weights; load them before gating it")
     example = default_example(model) if example is None else example
     gated = rewrite(model, example, gates, form, compensation)
-    set_info(gated, reference=recognise(model), verification=verify(model, gated, _random_like(model, example)))
+    set_info(gated, reference=recognise(model), verification=verify(model, gated, random_like(model, example)))
     return gated
 
 
 def rewrite(
-    model: nn.Module, example: Tensor, gates: GateKinds = "lc", form: GateForm = "relu1", compensation: bool = False
+    model: nn.Module, example: Example, gates: GateKinds = "lc", form: GateForm = "relu1", compensation: bool = False
 ) -> fx.GraphModule:
     """Retrofit without the check: for a network whose conversion was checked before."""
     if gates not in ("lc", "l", "c"):
@@ -91,13 +101,18 @@ def rewrite(
         _insert_skip(traced.graph, nodes, block, parts.block)
     traced.graph.lint()
     traced.recompile()
-    spec = replace(input_spec(model), shape=_image_shape(example))
+    spec = replace(input_spec(model), shape=tuple(first_tensor(example).shape[1:]))
     set_info(traced, GatedInfo(gates, form, compensation, spec))
     return traced
 
 
 def no_block_message(model: str, found: FoundBlocks) -> str:
     """Say in one line why a network cannot be gated."""
+    if found.blocks:
+        shown = "; ".join(f"{b.name}: {b.no_channel_gate}" for b in found.blocks[:3])
+        more = f"; and {len(found.blocks) - 3} more" if len(found.blocks) > 3 else ""
+        blocks = f"{len(found.blocks)} residual blocks ({shown}{more})"
+        return f"{model} has no channels to gate in its {blocks}; gates='l' gates whole blocks"
     if not found.skipped:
         return f"{model} has no residual block to gate: there is not one addition of two tensors in it"
     shown = "; ".join(f"{s.node}: {s.reason}" for s in found.skipped[:3])
@@ -110,21 +125,7 @@ def default_example(model: nn.Module, batch: int = 2) -> Tensor:
     return torch.zeros(batch, *input_spec(model).shape, device="meta")
 
 
-def _image_shape(example: Tensor) -> tuple[int, int, int]:
-    if example.dim() != 4:
-        raise ConversionError(f"the example must be a batch of images (B, C, H, W), not {tuple(example.shape)}")
-    channels, height, width = example.shape[1:]
-    return channels, height, width
-
-
-def _random_like(model: nn.Module, example: Tensor) -> Tensor:
-    parameter = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, *example.shape[1:], generator=generator)
-    return image.to(parameter.device, parameter.dtype)
-
-
-def _find(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoundBlocks]:
+def _find(model: nn.Module, example: Example) -> tuple[fx.GraphModule, FoundBlocks]:
     if next(model.parameters(), None) is None:
         raise ConversionError(f"{type(model).__name__} has no parameters; pass a trained network")
     if hasattr(model, PREFIX):

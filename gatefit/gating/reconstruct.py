@@ -43,7 +43,8 @@ def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], on_progress: O
     Example: a linear layer has the weight 2. With all gates open it reads 1 and gives 2; gated, it reads 0.5 and
     gives 1. Its weight moves towards 4, which gives 2 again; the ridge keeps it a little nearer to 2.
 
-    Grouped convolutions keep their weights, and so do layers that are called more than once; BN statistics stay.
+    Grouped convolutions keep their weights, and so do layers that are called more than once and frozen ones
+    (`requires_grad=False`); BN statistics stay.
 
     Args:
         gated: from `retrofit`, its thresholds as they will be used.
@@ -63,7 +64,7 @@ def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], on_progress: O
             break
         changed = runs.run_open(node)
         layer = module_of(gated, node)
-        if changed and _can_be_reconstructed(layer) and calls[str(node.target)] == 1:
+        if changed and _can_be_reconstructed(node, layer) and calls[str(node.target)] == 1:
             _reconstruct_layer(gated, node, layer, runs)
             reconstructed += 1
         runs.run_gated(node, changed)
@@ -80,7 +81,7 @@ class _Runs:
         self.actual: dict[fx.Node, list[Any]] = {}
         """The same list as in `open` where no gate has changed anything yet."""
         self.read_last: dict[fx.Node, list[fx.Node]] = {}
-        last = {source: node for node in gated.graph.nodes for source in (node, *node.all_input_nodes)}
+        last = {source: node for node in gated.graph.nodes for source in (node, *_sources(node))}
         for source, node in last.items():
             self.read_last.setdefault(node, []).append(source)
 
@@ -111,13 +112,28 @@ class _Runs:
         return getattr(self.interpreter, node.op)(node.target, args, kwargs)
 
 
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """List what is read to run a node, or to reconstruct it: with its compensation, also what the gate read."""
+    added = _added_compensation(node)
+    return node.all_input_nodes + ([] if added is None else added.all_input_nodes[0].all_input_nodes)
+
+
+def _added_compensation(node: fx.Node) -> fx.Node | None:
+    """Find the compensation that is added to what a node gives."""
+    return next((n.all_input_nodes[1] for n in node.users if n.target is add_compensation), None)
+
+
 def _same(some: list[Any], others: list[Any]) -> bool:
     """Tell whether a gate gave the same in both runs."""
     pairs = ((a, b) for x, y in zip(some, others, strict=True) for a, b in zip(x, y, strict=True))
     return all(a is b or torch.equal(a, b) for a, b in pairs)
 
 
-def _can_be_reconstructed(layer: nn.Module | None) -> bool:
+def _can_be_reconstructed(node: fx.Node, layer: nn.Module | None) -> bool:
+    if not isinstance(layer, nn.Conv2d | nn.Linear) or "weight" not in layer._parameters:
+        return False  # without a weight of its own it is computed from other parameters
+    if not layer.weight.requires_grad and _added_compensation(node) is None:
+        return False
     if type(layer) is nn.Conv2d:
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return type(layer) is nn.Linear
@@ -126,28 +142,31 @@ def _can_be_reconstructed(layer: nn.Module | None) -> bool:
 def _reconstruct_layer(gated: fx.GraphModule, node: fx.Node, layer: Any, runs: _Runs) -> None:
     """Solve least squares on what is missing: weight += argmin |change . inputs - missing|^2 + prior |change|^2."""
     source = node.all_input_nodes[0]
-    added = next((n.all_input_nodes[1] for n in node.users if n.target is add_compensation), None)
+    added = _added_compensation(node)
     compensation, kept = _compensation(gated, added, runs) if added is not None else (None, [])
-    read = layer.weight[0].numel()
+    moves = layer.weight.requires_grad
+    read = layer.weight[0].numel() if moves else 0
     size = read + (compensation.in_features if compensation is not None else 0)
     gram = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
     cross = torch.zeros(size, layer.weight.shape[0], dtype=torch.float64, device=layer.weight.device)
     images = sum(len(x) for x in runs.images)
     for i, x in enumerate(runs.actual[source]):
         missing = runs.open[node][i] - layer(x)
-        inputs = _inputs(layer, x)
+        inputs = [_inputs(layer, x)] if moves else []
         if compensation is not None:
             missing = add_compensation(missing, -compensation(kept[i]), 1 if isinstance(layer, nn.Conv2d) else -1)
-            inputs = torch.cat([inputs, kept[i][:, :, None].expand(-1, -1, inputs.shape[2])], 1)
         goal = missing.flatten(2) if isinstance(layer, nn.Conv2d) else _positions(missing)
-        rows, goals = inputs.transpose(0, 1).flatten(1), goal.transpose(0, 1).flatten(1)
+        if compensation is not None:
+            inputs.append(kept[i][:, :, None].expand(-1, -1, goal.shape[2]))
+        rows, goals = torch.cat(inputs, 1).transpose(0, 1).flatten(1), goal.transpose(0, 1).flatten(1)
         if (every := rows.shape[1] // POSITIONS) > 1:
             rows, goals = rows[:, ::every], goals[:, ::every]
         gram += (rows @ rows.T).double()
         cross += (rows @ goals.T).double()
     gram.diagonal().mul_(1 + PRIOR_IMAGES / images).add_(1e-12 * gram.diagonal().max() + 1e-30)
     change = torch.linalg.solve(gram, cross).T.to(layer.weight.dtype)
-    layer.weight.add_(change[:, :read].reshape(layer.weight.shape))
+    if moves:
+        layer.weight.add_(change[:, :read].reshape(layer.weight.shape))
     if compensation is not None and added is not None:
         compensation.weight.add_(change[:, read:])
         runs.actual[added] = [compensation(k) for k in kept]  # what comes next must see the new one

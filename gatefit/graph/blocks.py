@@ -116,6 +116,8 @@ class ResidualBlock:
     """Name of the block in whose branch this one lies, if any."""
     no_channel_gate: str = ""
     """Why there is no channel gate; empty where there is one."""
+    channel_limit: str = ""
+    """Why closed channels save no work in what reads them; empty where they do."""
 
     @property
     def channels(self) -> int:
@@ -391,7 +393,7 @@ def _channel_axis(traced: fx.GraphModule, entry: fx.Node, cone: set[fx.Node]) ->
                 return 1
             seen.add(user)
             (reshaped if behind or shape_of(user) != shape else alike).append(user)
-    return 1 if len(shape) == 4 else len(shape) - 1
+    return 1 if len(shape) > 3 else len(shape) - 1
 
 
 def _nest(blocks: list[ResidualBlock]) -> tuple[ResidualBlock, ...]:

@@ -7,9 +7,11 @@ where there is no such point, a mask stands before every consumer that zero does
 """
 
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import gcd
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import fx, nn
 
 from gatefit.graph.blocks import ChannelUnits, Consumer, Factor, FoundBlocks, MaskPoint, ResidualBlock, Slice
 from gatefit.graph.macs import layer_name
-from gatefit.graph.trace import module_of, reads_size, shape_of
+from gatefit.graph.trace import call_counts, module_of, reads_size, shape_of
 from gatefit.graph.tracer import WEIGHTED
 
 _STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
@@ -30,11 +32,13 @@ _ZERO_KEEPING = (
 )  # fmt: skip
 _ZERO_LOSING = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid)
 _POOLS = (
-    nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+    nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
 )  # fmt: skip
 _ZERO_KEEPING_CALLS = {
-    F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.leaky_relu, F.elu, F.mish, F.tanh, F.avg_pool2d, F.max_pool2d,
-    F.adaptive_avg_pool2d, torch.relu, torch.tanh, "relu", "contiguous", "tanh",
+    F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.leaky_relu, F.elu, F.mish, F.tanh, torch.relu, torch.tanh,
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, "relu", "contiguous", "tanh",
 }  # fmt: skip
 _ZERO_LOSING_CALLS = {F.sigmoid, F.hardsigmoid, F.softplus, torch.sigmoid, "sigmoid"}
 _PRODUCTS = {operator.mul, torch.mul, "mul"}
@@ -49,6 +53,8 @@ class _Walk:
     """What the walk has found so far: aligned nodes with (axis, entries per channel of the target)."""
 
     traced: fx.GraphModule
+    calls: Counter[str]
+    """See `gatefit.graph.trace.call_counts`."""
     cone: set[str]
     channels: int
     units: int
@@ -66,10 +72,11 @@ class _Walk:
 
 def with_channel_units(traced: fx.GraphModule, found: FoundBlocks) -> FoundBlocks:
     """Return `found` with the channel units of every block that can take a channel gate."""
-    return replace(found, blocks=tuple(_with_units(traced, block) for block in found.blocks))
+    calls = call_counts(traced)
+    return replace(found, blocks=tuple(_with_units(traced, calls, block) for block in found.blocks))
 
 
-def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
+def _with_units(traced: fx.GraphModule, calls: Counter[str], block: ResidualBlock) -> ResidualBlock:
     """Try each layer as the gated one. Return the block with the first that saves half the MACs of the best candidate.
 
     If the channels of a convolution cannot be traced to all readers, save only its own output rows.
@@ -80,7 +87,7 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
     """
     macs = {layer.name: layer.macs for layer in block.layers}
     reasons: list[str] = []
-    found: list[tuple[int, ChannelUnits]] = []
+    found: list[tuple[int, ChannelUnits, str]] = []
     behind = {block.entry}  # what is computed from weights alone is the same for all images
     for node in traced.graph.nodes:
         if node.name in block.nodes and any(s.name in behind for s in node.all_input_nodes):
@@ -89,34 +96,42 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
         module = module_of(traced, node)
         if not isinstance(module, WEIGHTED):
             continue
+        limit = ""
         for lenient in (False, True) if isinstance(module, nn.modules.conv._ConvNd) else (False,):
             try:
-                units = _units_from(traced, block, node, module, lenient)
+                units = _units_from(traced, calls, block, node, module, lenient)
             except _NoChannelGate as stop:
                 if not lenient:
+                    limit = str(stop)
                     reasons.append(f"{layer_name(node)}: {stop}")
                 continue
             saved = sum(macs.get(name, 0) for name in units.scaled)  # those of a nested block count there
-            found.append((saved, units))
+            found.append((saved, units, limit))
             break
     if not found:
         return replace(block, no_channel_gate="; ".join(reasons) or "no convolution or linear layer of its own")
-    most = max(saved for saved, _ in found)
-    units = next(units for saved, units in found if 2 * saved >= most)
+    most = max(saved for saved, _, _ in found)
+    units, limit = next((units, limit) for saved, units, limit in found if 2 * saved >= most)
     layers = tuple(replace(layer, scaled=layer.name in units.scaled) for layer in block.layers)
-    return replace(block, channel_units=units, layers=layers)
+    return replace(block, channel_units=units, layers=layers, channel_limit=limit)
 
 
 def _units_from(
-    traced: fx.GraphModule, block: ResidualBlock, start: fx.Node, module: nn.Module, lenient: bool
+    traced: fx.GraphModule,
+    calls: Counter[str],
+    block: ResidualBlock,
+    start: fx.Node,
+    module: nn.Module,
+    lenient: bool,
 ) -> ChannelUnits:
     """Trace the outputs of layer `start` to all their readers, as the channel units of a block."""
-    _check_called_once(traced, start)
+    _check_called_once(calls, start)
     _check_plain(module)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise _NoChannelGate("transposed convolution")
     axis, channels = _output_channels(start, module)
-    walk = _Walk(traced, set(block.nodes), channels, channels, lenient=lenient)
+    _check_batch(start, next(n for n in traced.graph.nodes if n.name == block.entry))
+    walk = _Walk(traced, calls, set(block.nodes), channels, channels, lenient=lenient)
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         walk.units = gcd(channels, module.groups)
     _claim_rows(walk, start, module, channels)
@@ -157,9 +172,16 @@ def _units_from(
     )
 
 
-def _check_called_once(traced: fx.GraphModule, node: fx.Node) -> None:
-    if len(traced.graph.find_nodes(op="call_module", target=node.target)) > 1:
+def _check_called_once(calls: Counter[str], node: fx.Node) -> None:
+    if calls[str(node.target)] > 1:
         raise _NoChannelGate(f"the weights of '{node.target}' are used more than once")
+
+
+def _check_batch(node: fx.Node, before: fx.Node) -> None:
+    """Refuse channels that are not those of one image, such as those of a window: gates decide for each image."""
+    shape, expected = shape_of(node), shape_of(before)
+    if shape is None or expected is None or shape[0] != expected[0]:
+        raise _NoChannelGate(f"the batch axis of '{node.name}' is folded with another, as of windows")
 
 
 def _check_plain(module: nn.Module) -> None:
@@ -200,7 +222,7 @@ def _follow(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
     module = module_of(walk.traced, user)
     keeps: bool | None
     if module is not None and next(module.parameters(), None) is not None:
-        _check_called_once(walk.traced, user)
+        _check_called_once(walk.calls, user)
     if isinstance(module, WEIGHTED):
         _check_plain(module)
         _check_columns(user, module)
@@ -234,6 +256,7 @@ def _follow(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
     shape, before = shape_of(user), shape_of(node)
     if shape is None or before is None or len(shape) != len(before) or shape[axis] != walk.channels * wide:
         raise _NoChannelGate(f"'{user.name}' moves its channels")
+    _check_batch(user, node)
     walk.keeps_zero[node, user] = keeps
     fresh = user not in walk.aligned
     if not fresh and walk.aligned[user] != (axis, wide):
@@ -294,9 +317,14 @@ def _keeps_zero(module: nn.Module) -> bool | None:
 
 
 def _spatial_mean(node: fx.Node) -> bool:
-    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    """Tell whether a mean is over all positions of (B, C, ...), and keeps its axes."""
+    shape = shape_of(node)
+    dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     keepdim = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
-    return bool(keepdim) and dims in ((2, 3), [2, 3], (-2, -1), [-2, -1], (-1, -2), [-1, -2])
+    if not keepdim or shape is None or not isinstance(dims, int | tuple | list):
+        return False
+    axes = sorted(d % len(shape) for d in ([dims] if isinstance(dims, int) else dims))
+    return axes == list(range(2, len(shape)))
 
 
 def _only_consumer(walk: _Walk, masked: set[fx.Node]) -> Consumer | None:

@@ -3,8 +3,10 @@
 import copy
 import inspect
 import operator
+import traceback
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError, first_line
+from gatefit.graph.accept import check_copyable, check_hooks
+from gatefit.graph.example import Example, named_inputs, on_meta
 from gatefit.graph.network import RewrittenNetwork
 from gatefit.graph.tracer import ShapeTracer
 
@@ -26,7 +30,7 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
 }
 
 
-def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
+def trace(model: nn.Module, example: Example | None = None) -> fx.GraphModule:
     """Return a traced deep copy of `model`: out-of-place, without dead nodes, with all original state.
 
     Every tensor node carries `meta["shape"]` (torch.Size, for the batch size of `example`) when an
@@ -34,23 +38,28 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
 
     Args:
         model: any module that torch.fx can trace; untouched.
-        example: input of shape (B, C, H, W); only its shape and dtype are used.
+        example: what it is called with; only shapes and dtypes are used, and floats count as of the network's dtype.
 
     Raises:
         ConversionError: the network cannot be traced, or does not take the example.
     """
     modes = {name: module.training for name, module in model.named_modules()}
+    inputs = None if example is None else named_inputs(model, on_meta(model, example))
+    tracer = ShapeTracer(inputs)
+    check_copyable(model)
+    check_hooks(model, tracer.is_leaf_module)
     analysed = _out_of_place(_on_meta(model))
-    tracer = ShapeTracer(None if example is None else torch.empty_like(example, device="meta"))
     try:
-        graph = tracer.trace(analysed, concrete_args=_defaults(model))
+        graph = tracer.trace(analysed, concrete_args=_defaults(model, inputs))
     except ConversionError:
         raise
     except Exception as error:
-        raise ConversionError(f"{type(model).__name__} cannot be traced by torch.fx: {first_line(error)}") from error
+        raise ConversionError(
+            f"{type(model).__name__} cannot be traced by torch.fx{_where(error)}: {first_line(error)}{_advice(error)}"
+        ) from error
     root = _out_of_place(copy.deepcopy(model))
     _take_constants(graph, analysed, root)
-    _drop_frozen_inputs(graph)
+    _drop_frozen_inputs(graph, inputs)
     _functionalise(graph)
     traced = RewrittenNetwork(root, graph, class_name=type(model).__name__)
     traced.graph.eliminate_dead_code()
@@ -60,6 +69,20 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     for name, module in traced.named_modules():  # one by one: parts of a network may be frozen in eval mode
         module.training = modes.get(name, model.training)
     return traced
+
+
+def _where(error: BaseException) -> str:
+    """Name the line of the network's own code at which tracing ended."""
+    frames = traceback.extract_tb(error.__traceback__)
+    homes = (Path(torch.__file__).parent, Path(__file__).parents[1])
+    own = [f for f in frames if f.line and not any(home in Path(f.filename).parents for home in homes)]
+    return f" at {Path(own[-1].filename).name}, line {own[-1].lineno} (`{own[-1].line}`)" if own else ""
+
+
+def _advice(error: BaseException) -> str:
+    """Say what to do about code that hangs on values in a tensor."""
+    hangs = isinstance(error, fx.proxy.TraceError) or "or a real number, not '_Shaped" in str(error)
+    return "; what runs must not hang on values in a tensor: use torch.where, or decide by shapes" if hangs else ""
 
 
 def _out_of_place(network: Network) -> Network:
@@ -118,8 +141,13 @@ def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 def call_counts(traced: fx.GraphModule) -> Counter[str]:
-    """Count how often each module is called, by its qualified name."""
-    return Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
+    """Count how often each module is called, by its qualified name; what reads the same parameters counts as a call."""
+    calls = Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
+    parameters = {name: list(traced.get_submodule(name).parameters()) for name in calls}
+    reads = Counter(id(p) for name, count in calls.items() for p in parameters[name] for _ in range(count))
+    for node in traced.graph.find_nodes(op="get_attr"):
+        reads[id(operator.attrgetter(str(node.target))(traced))] += 1
+    return Counter({name: max([n, *(reads[id(p)] for p in parameters[name])]) for name, n in calls.items()})
 
 
 def reads_size(node: fx.Node) -> bool:
@@ -133,14 +161,18 @@ def path_of(node: fx.Node) -> str:
     return str(next(reversed(stack))) if stack else ""
 
 
-def _defaults(root: nn.Module) -> dict[str, Any]:
-    """Bake in every argument of forward but the first with its default."""
-    parameters = list(inspect.signature(root.forward).parameters.values())[1:]
+def _defaults(root: nn.Module, inputs: dict[str, Any] | None) -> dict[str, Any]:
+    """Bake in the default of every argument of forward that is no input; of unknown inputs there is one, the first."""
+    parameters = list(inspect.signature(root.forward).parameters.values())
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = [p for p in parameters if p.kind not in variadic]
+    given = {p.name for p in parameters[:1]} if inputs is None else inputs.keys()
+    named = [p for p in parameters if p.kind not in variadic and p.name not in given]
     needed = [p.name for p in named if p.default is inspect.Parameter.empty]
     if needed:
-        raise ConversionError(f"{type(root).__name__} takes more than one input ({', '.join(needed)})")
+        raise ConversionError(
+            f"{type(root).__name__} takes more than one input ({', '.join(needed)}); pass an example of all: a "
+            "tuple, or a dictionary by their names"
+        )
     return {p.name: p.default for p in named}
 
 
@@ -155,10 +187,11 @@ def _take_constants(graph: fx.Graph, analysed: nn.Module, root: nn.Module) -> No
             setattr(root, name, value)
 
 
-def _drop_frozen_inputs(graph: fx.Graph) -> None:
-    """Drop the placeholders, with a check each, that concrete_args leave behind: the network takes one tensor."""
-    frozen = {n for n in graph.nodes if n.op == "placeholder"}
-    frozen.discard(next(n for n in graph.nodes if n.op == "placeholder"))
+def _drop_frozen_inputs(graph: fx.Graph, inputs: dict[str, Any] | None) -> None:
+    """Erase the placeholders that concrete_args leave behind, with a check each."""
+    placeholders = graph.find_nodes(op="placeholder")
+    names = {str(placeholders[0].target)} if inputs is None else inputs.keys()
+    frozen = {n for n in placeholders if str(n.target).lstrip("*") not in names}
     for node in graph.nodes:
         if any(i in frozen for i in node.all_input_nodes):
             frozen.add(node)
