@@ -18,9 +18,12 @@ LARGEST_SIDE = 65_536
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a network takes: image shape (C, H, W), and the normalisation and crop that it was trained with."""
+    """What a network takes: image shape (C, H, W), and the normalisation and crop that it was trained with.
 
-    shape: tuple[int, int, int]
+    A network that takes something else than images has the shape of its first input, less the batch.
+    """
+
+    shape: tuple[int, ...]
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Of each channel."""
     std: tuple[float, ...] = IMAGENET_STD
