@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from gatefit.commands.opened import open_folder
 from gatefit.deployment.bench.timing import Row, Timing, bench
 from gatefit.deployment.bench.what_if import keep_open, set_share
-from gatefit.deployment.deploy import deploy
+from gatefit.deployment.deploy import make_deployed
 from gatefit.deployment.engines.onnx import OnnxNetwork, has_onnx
 from gatefit.deployment.engines.pytorch import Run
 from gatefit.errors import DeployError
@@ -42,11 +42,13 @@ def run_bench(
         else:
             original, gated, images = _what_if(network, what_if)
         # Written ahead: what exporting leaves in memory is not the network's.
-        file = deploy(gated, images, "onnx").model if has_onnx() else None
+        file = make_deployed(gated, images, "onnx", compared=False).model if has_onnx() else None
         timings: list[Timing] = []
         rows: list[Row] = []
         for size in batches:
-            deployed: dict[str, Callable[[], Run]] = {"torch": functools.partial(deploy, gated, images, batch=size)}
+            deployed: dict[str, Callable[[], Run]] = {
+                "torch": functools.partial(make_deployed, gated, images, batch=size, compared=False)
+            }
             if isinstance(file, bytes):
                 deployed["onnxruntime"] = functools.partial(OnnxNetwork, file)
             some_timings, some_rows = bench(original, gated, deployed, images, size, rounds)

@@ -1,7 +1,5 @@
 """A deployment beside the gated network that it was made from: `deployment.json`, and for ONNX the file itself."""
 
-import statistics
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,16 @@ from torch import Tensor, fx, nn
 
 from gatefit.commands.opened import Opened
 from gatefit.decisions import Placement
-from gatefit.deployment.bench.timing import times
-from gatefit.deployment.deploy import deploy, whole_batches
+from gatefit.deployment.deploy import make_deployed
 from gatefit.deployment.dynamic import assemble
 from gatefit.deployment.engines.native_network import gathered_blocks, gathered_network
 from gatefit.deployment.engines.onnx import OnnxNetwork, masked_onnx, need_onnx
 from gatefit.deployment.engines.pytorch import Run, packed
-from gatefit.deployment.engines.registry import Backend, available_engines, dense
-from gatefit.deployment.info import deployed_info
+from gatefit.deployment.engines.registry import Backend
+from gatefit.deployment.info import Images, deployed_info
 from gatefit.deployment.kernels.native import processor
-from gatefit.deployment.plan import BlockPlan, Deployment, Latency
+from gatefit.deployment.network import DeployedNetwork, seal
+from gatefit.deployment.plan import BlockPlan, Deployment
 from gatefit.deployment.region import Region, region_or_none
 from gatefit.errors import CheckpointError, DeployError
 from gatefit.files import digest, read_json, relative_to, write_atomically, write_json
@@ -29,14 +27,13 @@ from gatefit.gating.checkpoint import load, record_file
 from gatefit.gating.gates import gates_of
 from gatefit.gating.info import info_of
 from gatefit.inputs.data import some_images
+from gatefit.progress import OnProgress, silent
 
 FILE = "deployment.json"
 FORMAT = 5
-"""Format 4, which is read too, names the ONNX file by its absolute path and keeps no hashes."""
+"""Format 4, which is read too but for ONNX, names the ONNX file by its absolute path and keeps no hashes."""
 CALIBRATION = 256
 """Training images that masks are chosen by; where unused channels are pruned, as many others are compared."""
-ROUNDS = 12
-"""Of timing the deployed network beside the original."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def write_deployment(
         plans: of its blocks.
         engines: of the segments of a gathered network, see `gatefit.deployment.engines.native_network`.
         model: the ONNX file's content.
-        onnx: the ONNX file. It is kept by its way from the folder and by its hash.
+        onnx: the ONNX file. It is kept by its relative path from the folder and by its hash.
 
     Raises:
         CheckpointError: the folder holds no network, or they cannot be written.
@@ -103,7 +100,7 @@ def write_deployment(
     write_json(folder / FILE, content)
 
 
-def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule | OnnxNetwork:
+def load_deployed(folder: str | Path, model: nn.Module | None = None) -> DeployedNetwork | OnnxNetwork:
     """Read a deployment back, in any process; outputs are the same to the bit on the same machine.
 
     Args:
@@ -121,6 +118,10 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.Grap
             raise CheckpointError(f"{folder / FILE} has format {content['format']}; this gatefit reads {FORMAT}")
         if content["format"] == FORMAT and content["network"] != read_config(folder).network:
             raise CheckpointError(f"{folder / FILE} was made from other weights than {folder} holds now; deploy anew")
+        if content["format"] == 4 and content["backend"] == "onnx":
+            raise CheckpointError(
+                f"{folder / FILE} was written by an older gatefit, which did not keep whose file it runs; deploy anew"
+            )
         if content["backend"] == "onnx":
             need_onnx()
             return OnnxNetwork(_onnx_file(folder, content).read_bytes())
@@ -138,12 +139,12 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.Grap
                 block["parallel"],
             )
             plans[plan.name] = (plan, region_or_none(gated, gate))
+        image = torch.zeros(1, *info_of(gated).input.shape, dtype=next(gated.parameters()).dtype)
         if content["engines"] is None:
             deployed = packed(assemble(gated, plans))
         else:
-            image = torch.zeros(1, *info_of(gated).input.shape)
             deployed = gathered_network(gated, plans, [image], content["engines"])
-        return deployed
+        return seal(deployed, Images(tuple(image.shape[1:]), image.dtype))
     except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
         raise CheckpointError(
             f"{folder / FILE} is damaged or does not fit its network: {error}; deploy anew"
@@ -152,8 +153,6 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> fx.Grap
 
 def _onnx_file(folder: Path, content: dict[str, Any]) -> Path:
     """Find the ONNX file that a `deployment.json` names, and check that it is still the one that was written."""
-    if content["format"] < FORMAT:
-        return Path(content["file"])
     file: Path = folder.resolve() / content["file"]["name"]
     if digest(file) != content["file"]["sha256"]:
         raise CheckpointError(f"{file} is not the file that {folder / FILE} was written for; deploy anew")
@@ -178,6 +177,7 @@ def deploy_folder(
     batch: int,
     out: Path | None,
     placement: Placement,
+    on_progress: OnProgress = silent,
 ) -> Deployment:
     """Deploy what `convert` wrote, and write the deployment beside it.
 
@@ -193,50 +193,33 @@ def deploy_folder(
         raise DeployError(
             f"--prune-unused needs more than {CALIBRATION} training images, to see what it changes on others"
         )
-    deployed = deploy(opened.gated, images, backend, masks, prune_unused=prune_unused, batch=batch, placement=placement)
+    deployed = make_deployed(
+        opened.gated,
+        images,
+        backend,
+        masks,
+        prune_unused=prune_unused,
+        batch=batch,
+        placement=placement,
+        on_progress=on_progress,
+    )
     if isinstance(deployed, OnnxNetwork):
         file = out or folder / "model.onnx"
         masked, beside = masked_onnx(opened.gated, images[:1]), file.with_stem(f"{file.stem}-masked")
         write_atomically(beside, lambda temporary: temporary.write_bytes(masked))
         record_file(folder, relative_to(folder, beside))
         write_deployment(folder, deployed.plans, model=deployed.model, onnx=file)
-        plans, batch = deployed.plans, 1
     else:
         info = deployed_info(deployed)
         write_deployment(folder, info.plans, info.engines)
-        plans = info.plans
-    agreement = _agreement(deployed, opened.gated, others)
-    latency = None if opened.original is None else _latency(deployed, opened.original, images, batch, backend)
+    agreement = _agreement(deployed, opened.gated, others, batch)
     gathered = gathered_blocks(deployed) if isinstance(deployed, fx.GraphModule) else {}
-    return Deployment(plans, gathered, agreement, latency)
+    return Deployment(deployed.plans, gathered, agreement, deployed.latency)
 
 
 @torch.no_grad()
-def _latency(deployed: Run, original: nn.Module, images: Tensor, batch: int, backend: Backend) -> Latency | None:
-    """Time a deployed network beside the original in each engine of the same backend that can be made.
-
-    Returns:
-        The original's fastest engine beside it; None where no engine can be made: a deployment that is written stands
-        without.
-    """
-    batches = whole_batches(images, batch, ROUNDS)
-    originals = dict[str, Run]()
-    with suppress(Exception):
-        network = dense(original, batches[0])
-        for candidate in available_engines(backend):
-            with suppress(Exception):
-                originals[candidate.name] = candidate.prepare(network)()
-    if not originals:
-        return None
-    measured = times({"deployed": deployed, **originals}, batches, ROUNDS)
-    medians = {name: statistics.median(times_ms) for name, times_ms in measured.items()}
-    engine = min(originals, key=lambda name: medians[name])
-    return Latency(batch, medians["deployed"], medians[engine], engine)
-
-
-@torch.no_grad()
-def _agreement(deployed: Run, gated: fx.GraphModule, images: Tensor) -> float | None:
+def _agreement(deployed: Run, gated: fx.GraphModule, images: Tensor, batch: int) -> float | None:
     if not len(images):
         return None
-    pairs = [(deployed(x).argmax(1), gated(x).argmax(1)) for x in images.split(32)]
+    pairs = [(deployed(x).argmax(1), gated(x).argmax(1)) for x in images.split(batch)]
     return float(torch.cat([a == b for a, b in pairs]).double().mean())

@@ -109,10 +109,6 @@ def show_coverage(console: Console, found: list[Coverage]) -> None:
     console.print(f"{len(found) - len(refused)} of {len(found)} networks can be gated")
 
 
-NOISE = 1.03
-"""A ratio of two times up to this one counts as equal."""
-
-
 def show_deployment(console: Console, deployment: Deployment) -> None:
     """Print what each block was turned into, and how long the deployed network and the original take."""
     table = Table(title="blocks as deployed", title_justify="left")
@@ -143,7 +139,7 @@ def show_deployment(console: Console, deployment: Deployment) -> None:
             f"{images}: {latency.deployed:.2f} ms, in the original {latency.original:.2f} ms ({latency.engine})",
             soft_wrap=True,
         )
-        if latency.deployed > NOISE * latency.original:
+        if latency.slower:
             console.print(
                 "note: slower than the original; convert with a lower --target, try the other --backend, or keep "
                 "the original",

@@ -16,6 +16,10 @@ EXACT_SHARE = 0.9
 """Share of images that have to ask for one of a few masks for entries that serve no others."""
 
 
+NOISE = 1.03
+"""A ratio of two times up to this one counts as equal."""
+
+
 @dataclass(frozen=True)
 class BlockPlan:
     """How one block runs."""
@@ -54,13 +58,18 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds for a batch on this machine, medians."""
+    """Milliseconds for a batch on the machine that it was measured on, medians."""
 
     batch: int
     deployed: float
     original: float
     engine: str
     """Of the original: the fastest of those that a deployment of this backend is made of."""
+
+    @property
+    def slower(self) -> bool:
+        """Tell whether the deployed network takes longer than the original, by more than the noise of a clock."""
+        return self.deployed > NOISE * self.original
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Choose each block's form by the clock: dynamic execution that does not pay on this machine is left out."""
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from gatefit.decisions import Placement
-from gatefit.deployment.clock import second_run_ms
+from gatefit.deployment.clock import mean_of_medians, second_run_ms, still_racing
 from gatefit.deployment.dynamic import DynamicBlock
 from gatefit.deployment.plan import BlockPlan, Observed, plan_block
 from gatefit.deployment.region import Region
@@ -101,10 +100,15 @@ def _inputs(
 
 @torch.no_grad()
 def milliseconds(runs: Sequence[Callable[..., object]], inputs: Sequence[tuple[Tensor, ...]]) -> list[float]:
-    """Time each run with its weights at hand, rounds interleaved: the mean over inputs of the median over rounds."""
+    """Time each run with its weights at hand, rounds interleaved: the mean over inputs of the median over rounds.
+
+    A run that is clearly slower than another after two rounds is timed no more.
+    """
     times_ms: list[list[list[float]]] = [[[] for _ in inputs] for _ in runs]
-    for _ in range(ROUNDS):
+    racing = list(range(len(runs)))
+    for done in range(ROUNDS):
         for i, given in enumerate(inputs):
-            for run, into in zip(runs, times_ms, strict=True):
-                into[i].append(second_run_ms(run, *given))
-    return [statistics.mean(statistics.median(x) for x in one) for one in times_ms]
+            for k in racing:
+                times_ms[k][i].append(second_run_ms(runs[k], *given))
+        racing = still_racing({k: mean_of_medians(times_ms[k]) for k in racing}, done + 1)
+    return [mean_of_medians(one) for one in times_ms]

@@ -8,13 +8,16 @@ import torch
 from networks import images, make
 
 import gatefit
-from gatefit.commands import deploy as deployment_folder
+from gatefit.deployment import compare
 from gatefit.deployment.bench.memory import held_by, peak_of
 from gatefit.deployment.bench.what_if import keep_open, set_share
+from gatefit.deployment.clock import TRIAL_ROUNDS
 from gatefit.deployment.engines.registry import ENGINES, Eager, available_engines, dense
 from gatefit.deployment.plan import never_closes
+from gatefit.deployment.tune import ROUNDS, milliseconds
 from gatefit.gating.cost import decisions_of
 from gatefit.gating.gates import gates_of
+from gatefit.gating.remove import without_gates
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
@@ -71,12 +74,36 @@ class Broken(Eager):
         return make
 
 
-def test_an_original_that_cannot_be_had_in_one_engine_is_timed_in_the_others(monkeypatch):
-    x = torch.rand(4, 3, 8, 8)
-    network = make("basic").eval()
+def test_a_dense_network_that_cannot_be_had_in_one_engine_is_timed_in_the_others(monkeypatch):
+    gated = gatefit.retrofit(make("basic"), images(), "lc", "step").eval()
     engines = [Broken(), Eager(name="plain")]
-    monkeypatch.setattr(deployment_folder, "available_engines", lambda backend: engines)
-    found = deployment_folder._latency(network, network, x, 2, "torch")
-    assert found is not None and found.engine == "plain" and found.batch == 2
+    monkeypatch.setattr(compare, "available_engines", lambda backend: engines)
+    latency = compare.latency_of(gated, gated, [images(2)], "torch")
+    assert latency is not None and latency.engine == "plain" and latency.batch == 2
     engines.pop()
-    assert deployment_folder._latency(network, network, x, 2, "torch") is None
+    assert compare.latency_of(gated, gated, [images(2)], "torch") is None
+
+
+def test_without_its_gates_a_network_is_the_original():
+    original = make("basic").eval()
+    gated = gatefit.retrofit(original, images(), "lc", "step", compensation=True).eval()
+    keep_open(gated, images(8))
+    dense_again = without_gates(gated)
+    with torch.no_grad():
+        assert torch.equal(dense_again(images(3)), original(images(3)))
+    assert set(dense_again.state_dict()) == set(original.state_dict())
+
+
+def test_a_form_that_has_lost_is_timed_no_more(monkeypatch):
+    """By a clock that counts: `slow` takes 3, `fast` takes 1."""
+    calls = []
+    monkeypatch.setattr("gatefit.deployment.tune.second_run_ms", lambda run, *_: calls.append(run) or run())
+
+    def slow():
+        return 3.0
+
+    def fast():
+        return 1.0
+
+    assert milliseconds([slow, fast], [(), ()]) == [3.0, 1.0]
+    assert calls.count(slow) == 2 * TRIAL_ROUNDS and calls.count(fast) == 2 * ROUNDS

@@ -40,6 +40,11 @@ def test_nothing_to_deploy():
     assert set(GATABLE) <= set(CASES)
 
 
+NOISY = pytest.mark.filterwarnings("ignore:the deployed network takes", "ignore:this network was tuned for")
+"""What tiny networks warn of."""
+
+
+@NOISY
 @pytest.mark.parametrize(("backend", "batch"), [("torch", 1), ("torch", 12), ("onnx", 1)])
 def test_tuned(backend, batch):
     """Whatever the clock chooses, outputs stay."""
@@ -49,6 +54,7 @@ def test_tuned(backend, batch):
         assert same(deployed(images(5, seed=3)), gated(images(5, seed=3)))
 
 
+@NOISY
 def test_harvest_drops_what_no_calibration_image_opens():
     gated = gated_network("basic", spread=0.0)
     few = images(2)

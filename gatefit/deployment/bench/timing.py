@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.bench.memory import held_by, peak_of
-from gatefit.deployment.clock import second_run_ms
+from gatefit.deployment.clock import turn_ms
 from gatefit.deployment.engines.pytorch import Run
 from gatefit.deployment.engines.registry import available_engines, dense
 from gatefit.deployment.plan import share_of
@@ -127,18 +127,31 @@ def _gates_ms(gated: fx.GraphModule, batch: Tensor) -> float:
     return milliseconds([lambda: [gate(x) for gate, x in given]], [()])[0]
 
 
-def times(engines: dict[Key, Run], batches: list[Tensor], rounds: int) -> dict[Key, list[float]]:
-    """Milliseconds of each engine in each round; see `bench`."""
+def times(
+    engines: Mapping[Key, Run],
+    batches: Sequence[Tensor],
+    rounds: int,
+    on_round: Callable[[int], None] = lambda done: None,
+) -> dict[Key, list[float]]:
+    """Measure the milliseconds of each engine in each round, of short ones several times; see `bench`.
+
+    Args:
+        engines: by any name.
+        batches: that they run in turns.
+        rounds: each runs every engine on one batch.
+        on_round: called with the number of rounds that are done.
+    """
     for run in engines.values():
         for batch in batches[:WARM_UP]:
             run(batch)
-    found: dict[Key, list[float]] = {key: [] for key in engines}
+    measured: dict[Key, list[float]] = {key: [] for key in engines}
     for i in range(rounds):
         batch = batches[i % len(batches)]
         for key, run in engines.items():
             time.sleep(PAUSE)
-            found[key].append(second_run_ms(run, batch))
-    return found
+            measured[key] += turn_ms(run, batch)
+        on_round(i + 1)
+    return measured
 
 
 def _row(dynamic: Timing, dense: Timing, share: float, gates: float) -> Row:

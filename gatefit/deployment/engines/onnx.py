@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.dynamic import DynamicBlock, assemble
-from gatefit.deployment.info import deployed_info
-from gatefit.deployment.plan import BlockPlan, plans_without_codebooks
+from gatefit.deployment.info import Images, deployed_info
+from gatefit.deployment.plan import BlockPlan, Latency, plans_without_codebooks
 from gatefit.errors import DeployError, first_line
 
 
@@ -79,17 +79,27 @@ class OnnxNetwork:
     Args:
         model: the file's content.
         plans: what was made of each block, where it is known.
+        latency: milliseconds beside the dense network, where it was timed.
     """
 
-    def __init__(self, model: bytes, plans: tuple[BlockPlan, ...] = ()) -> None:
-        self.model, self.plans = model, plans
+    def __init__(self, model: bytes, plans: tuple[BlockPlan, ...] = (), latency: Latency | None = None) -> None:
+        self.model, self.plans, self.latency = model, plans, latency
         self._run = Session(model)
+        self._images = Images(tuple(next(iter(self._run.inputs.values()))[1:]))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Run a batch. Raises DeployError for images of another size than the file was made for."""
-        shape = next(iter(self._run.inputs.values()))[1:]
-        if tuple(images.shape[1:]) != shape:
+        """Run a batch.
+
+        Raises:
+            DeployError: it is no batch of images of the size that the file was made for.
+        """
+        self._images.check(images, torch.device("cpu"))
+        if tuple(images.shape[1:]) != self._images.shape:
+            shape = self._images.shape
             raise DeployError(f"this file takes images of shape {shape}, not {tuple(images.shape[1:])}; deploy anew")
+        images = images.detach()
+        if not len(images):
+            return self._run(images.new_zeros(1, *images.shape[1:]))[:0]
         return torch.cat([self._run(image) for image in images.split(1)])
 
 

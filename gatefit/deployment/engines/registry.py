@@ -105,7 +105,7 @@ class Gathered:
 
     name: str = "torch, gathered"
     exact: bool = True
-    backends: frozenset[Backend] = frozenset({"torch"})
+    backends: frozenset[Backend] = frozenset()
 
     def available(self) -> bool:
         """Tell whether the kernels can be built."""
