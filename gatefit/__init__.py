@@ -9,7 +9,7 @@ from gatefit._moved import Finder
 from gatefit.version import __version__
 
 if TYPE_CHECKING:
-    from gatefit.commands.deploy import load_deployed
+    from gatefit.commands.deploy import load_deployed, save_deployed
     from gatefit.commands.hub import from_pretrained, push_to_hub, save_pretrained
     from gatefit.deployment.deploy import deploy
     from gatefit.errors import GatefitError
@@ -38,6 +38,7 @@ __all__ = [
     "retrofit",
     "salience_penalty",
     "save",
+    "save_deployed",
     "save_pretrained",
 ]
 
@@ -58,6 +59,7 @@ _HOMES = {
     "retrofit": "gating.insert",
     "salience_penalty": "gating.penalty",
     "save": "gating.checkpoint",
+    "save_deployed": "commands.deploy",
     "save_pretrained": "commands.hub",
 }
 """Where each public name is defined. PyTorch is imported at the first use of one of them, not by `import gatefit`."""

@@ -1,6 +1,6 @@
 """A deployment beside the gated network that it was made from: `deployment.json`, and for ONNX the file itself."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from gatefit.deployment.engines.native_network import gathered_blocks, gathered_
 from gatefit.deployment.engines.onnx import OnnxNetwork, masked_onnx, need_onnx
 from gatefit.deployment.engines.pytorch import Run, packed
 from gatefit.deployment.engines.registry import Backend
-from gatefit.deployment.info import Images, deployed_info
+from gatefit.deployment.info import Images, deployed_info, fingerprint
 from gatefit.deployment.kernels.native import processor
 from gatefit.deployment.network import DeployedNetwork, seal
-from gatefit.deployment.plan import BlockPlan, Deployment
+from gatefit.deployment.plan import BlockPlan, Deployment, Latency
 from gatefit.deployment.region import Region, region_or_none
 from gatefit.errors import CheckpointError, DeployError
-from gatefit.files import digest, read_json, relative_to, write_atomically, write_json
-from gatefit.folder import read_config
+from gatefit.files import digest, read_json, read_tensors, relative_to, write_atomically, write_json, write_tensors
+from gatefit.folder import WEIGHTS, read_config
 from gatefit.gating.checkpoint import load, record_file
 from gatefit.gating.gates import gates_of
 from gatefit.gating.info import info_of
@@ -30,8 +30,11 @@ from gatefit.inputs.data import some_images
 from gatefit.progress import OnProgress, silent
 
 FILE = "deployment.json"
-FORMAT = 5
-"""Format 4, which is read too but for ONNX, names the ONNX file by its absolute path and keeps no hashes."""
+FORMAT = 6
+"""Format 5, which is read too, keeps no segments and no times. Format 4, which is read too but for ONNX, names the
+ONNX file by its absolute path and keeps no hashes."""
+SEGMENTS = "deployment.safetensors"
+"""The ONNX files of those segments of a PyTorch deployment that ONNX Runtime runs, as bytes."""
 CALIBRATION = 256
 """Training images that masks are chosen by; where unused channels are pruned, as many others are compared."""
 
@@ -56,8 +59,10 @@ def write_deployment(
     engines: tuple[str, ...] | None = None,
     model: bytes | None = None,
     onnx: Path | None = None,
+    segments: tuple[bytes, ...] = (),
+    latency: Latency | None = None,
 ) -> None:
-    """Write `deployment.json` into the folder of the gated network, and an ONNX file.
+    """Write `deployment.json` into the folder of the gated network, and what it was made of.
 
     Args:
         folder: of the gated network.
@@ -65,6 +70,8 @@ def write_deployment(
         engines: of the segments of a gathered network, see `gatefit.deployment.engines.native_network`.
         model: the ONNX file's content.
         onnx: the ONNX file. It is kept by its relative path from the folder and by its hash.
+        segments: the ONNX files of those segments that ONNX Runtime runs; they become one file, `SEGMENTS`.
+        latency: of the network, where it was timed.
 
     Raises:
         CheckpointError: the folder holds no network, or they cannot be written.
@@ -76,6 +83,12 @@ def write_deployment(
         write_atomically(onnx, lambda temporary: temporary.write_bytes(model))
         file = {"name": name, "sha256": digest(onnx)}
         record_file(folder, name)
+    elif segments:
+        write_tensors(
+            folder / SEGMENTS,
+            {str(i): torch.frombuffer(bytearray(s), dtype=torch.uint8) for i, s in enumerate(segments)},
+        )
+        file = {"name": SEGMENTS, "sha256": digest(folder / SEGMENTS)}
     machine = this_machine()
     blocks = [
         {
@@ -95,9 +108,37 @@ def write_deployment(
         "file": file,
         "engines": engines,
         "machine": {"processor": machine.processor, "threads": machine.threads, "torch": machine.torch},
+        "latency": None if latency is None else asdict(latency),
         "blocks": blocks,
     }
     write_json(folder / FILE, content)
+    if not segments:
+        (folder / SEGMENTS).unlink(missing_ok=True)  # of an earlier deployment
+
+
+def save_deployed(deployed: DeployedNetwork | OnnxNetwork, folder: str | Path) -> None:
+    """Write a deployed network whole, beside the gated network that it was made from; `load_deployed` reads it.
+
+    Args:
+        deployed: from `deploy`.
+        folder: where `save` wrote the gated network.
+
+    Raises:
+        CheckpointError: the folder holds no network or other weights, or it cannot be written.
+    """
+    folder = Path(folder)
+    weights = deployed.weights if isinstance(deployed, OnnxNetwork) else deployed_info(deployed).weights
+    if fingerprint(read_tensors(folder / WEIGHTS)) != weights:
+        raise CheckpointError(
+            f"{folder} holds other weights than this network was deployed from; call gatefit.save(gated, folder) first"
+        )
+    if isinstance(deployed, OnnxNetwork):
+        write_deployment(
+            folder, deployed.plans, model=deployed.model, onnx=folder / "model.onnx", latency=deployed.latency
+        )
+    else:
+        info = deployed_info(deployed)
+        write_deployment(folder, info.plans, info.engines, segments=info.segments, latency=info.latency)
 
 
 def load_deployed(folder: str | Path, model: nn.Module | None = None) -> DeployedNetwork | OnnxNetwork:
@@ -114,9 +155,9 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> Deploye
     folder = Path(folder)
     content = read_json(folder / FILE)
     try:
-        if content["format"] not in (4, FORMAT):
+        if content["format"] not in (4, 5, FORMAT):
             raise CheckpointError(f"{folder / FILE} has format {content['format']}; this gatefit reads {FORMAT}")
-        if content["format"] == FORMAT and content["network"] != read_config(folder).network:
+        if content["format"] > 4 and content["network"] != read_config(folder).network:
             raise CheckpointError(f"{folder / FILE} was made from other weights than {folder} holds now; deploy anew")
         if content["format"] == 4 and content["backend"] == "onnx":
             raise CheckpointError(
@@ -124,7 +165,7 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> Deploye
             )
         if content["backend"] == "onnx":
             need_onnx()
-            return OnnxNetwork(_onnx_file(folder, content).read_bytes())
+            return OnnxNetwork(_file(folder, content).read_bytes(), latency=_latency(content))
         gated = load(folder, model)
         gates = gates_of(gated)
         plans: dict[str, tuple[BlockPlan, Region | None]] = {}
@@ -143,16 +184,31 @@ def load_deployed(folder: str | Path, model: nn.Module | None = None) -> Deploye
         if content["engines"] is None:
             deployed = packed(assemble(gated, plans))
         else:
-            deployed = gathered_network(gated, plans, [image], content["engines"])
-        return seal(deployed, Images(tuple(image.shape[1:]), image.dtype))
+            deployed = gathered_network(gated, plans, [image], content["engines"], _segments(folder, content))
+        images = Images(tuple(image.shape[1:]), image.dtype)
+        return seal(deployed, images, _latency(content), fingerprint(gated.state_dict()))
     except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
         raise CheckpointError(
             f"{folder / FILE} is damaged or does not fit its network: {error}; deploy anew"
         ) from error
 
 
-def _onnx_file(folder: Path, content: dict[str, Any]) -> Path:
-    """Find the ONNX file that a `deployment.json` names, and check that it is still the one that was written."""
+def _segments(folder: Path, content: dict[str, Any]) -> tuple[bytes, ...]:
+    """Read the ONNX files of segments; there are none where ONNX Runtime runs none, and in older formats."""
+    if content["format"] < FORMAT or content["file"] is None:
+        return ()
+    tensors = read_tensors(_file(folder, content))
+    return tuple(tensors[str(i)].numpy().tobytes() for i in range(len(tensors)))
+
+
+def _latency(content: dict[str, Any]) -> Latency | None:
+    """Read the times of a deployment; None where they were not measured, and in older formats."""
+    kept = content.get("latency")
+    return None if kept is None else Latency(**kept)
+
+
+def _file(folder: Path, content: dict[str, Any]) -> Path:
+    """Find the file that a `deployment.json` names, and check that it is still the one that was written."""
     file: Path = folder.resolve() / content["file"]["name"]
     if digest(file) != content["file"]["sha256"]:
         raise CheckpointError(f"{file} is not the file that {folder / FILE} was written for; deploy anew")
@@ -208,10 +264,9 @@ def deploy_folder(
         masked, beside = masked_onnx(opened.gated, images[:1]), file.with_stem(f"{file.stem}-masked")
         write_atomically(beside, lambda temporary: temporary.write_bytes(masked))
         record_file(folder, relative_to(folder, beside))
-        write_deployment(folder, deployed.plans, model=deployed.model, onnx=file)
+        write_deployment(folder, deployed.plans, model=deployed.model, onnx=file, latency=deployed.latency)
     else:
-        info = deployed_info(deployed)
-        write_deployment(folder, info.plans, info.engines)
+        save_deployed(deployed, folder)
     agreement = _agreement(deployed, opened.gated, others, batch)
     gathered = gathered_blocks(deployed) if isinstance(deployed, fx.GraphModule) else {}
     return Deployment(deployed.plans, gathered, agreement, deployed.latency)

@@ -15,7 +15,7 @@ from gatefit.deployment.engines.onnx import OnnxNetwork, need_onnx, onnx_blocks,
 from gatefit.deployment.engines.pytorch import packed, torch_blocks
 from gatefit.deployment.engines.registry import Backend
 from gatefit.deployment.engines.segments import ONNX, TORCH
-from gatefit.deployment.info import Images, deployed_info
+from gatefit.deployment.info import Images, deployed_info, fingerprint
 from gatefit.deployment.kernels.native import kernels
 from gatefit.deployment.network import DeployedNetwork, seal
 from gatefit.deployment.plan import BlockPlan, Observed, observe, plan_block
@@ -119,6 +119,7 @@ def make_deployed(
     _check_finite(gated, images)
     _check_placement(gated, placement)
     batches = whole_batches(torch.cat(images), batch, max(1, TUNING_IMAGES // batch))
+    weights = fingerprint(gated.state_dict())
     say(f"asking the gates what {sum(map(len, images))} images open")
     with evaluating(gated):
         observed = observe(gated, images)
@@ -129,6 +130,7 @@ def make_deployed(
     if backend == "onnx":
         say("writing the ONNX file")
         file = onnx_network(deployed, images[0][:1])
+        file.weights = weights
         file.latency = latency_of(file, gated, batches, backend, say) if compared else None
         return file
     forms = [packed(deployed)]
@@ -136,7 +138,7 @@ def make_deployed(
         forms += _gathered_forms(gated, plans, batches, say)
     fastest = _fastest(forms, batches)
     latency = latency_of(fastest, gated, batches, backend, say) if compared else None
-    return seal(fastest, Images(tuple(images[0].shape[1:]), images[0].dtype), latency)
+    return seal(fastest, Images(tuple(images[0].shape[1:]), images[0].dtype), latency, weights)
 
 
 def _check_finite(gated: fx.GraphModule, images: list[Tensor]) -> None:

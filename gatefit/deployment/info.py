@@ -1,6 +1,8 @@
 """What a deployed network knows of itself: one typed record on its graph."""
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,10 +55,25 @@ class DeployedInfo:
     """What was planned for each block."""
     engines: tuple[str, ...] | None = None
     """The engine of each segment between the blocks of a gathered network; None: the network is not gathered."""
+    segments: tuple[bytes, ...] = field(default=(), repr=False)
+    """The ONNX files of those that ONNX Runtime runs, in order."""
+    weights: str = ""
+    """SHA-256 of the weights of the gated network that it was made from, see `fingerprint`."""
     images: Images | None = None
     """What it takes; None: it is not in the user's hands yet."""
     latency: Latency | None = None
     """Beside the dense network; None: it was not timed."""
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a network's weights, in hexadecimal; names do not count."""
+    digests = []
+    for tensor in tensors.values():
+        plain = tensor.detach().cpu().contiguous()
+        state = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
+        state.update(plain.reshape(-1).view(torch.uint8).numpy())
+        digests.append(state.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def deployed_info(network: fx.GraphModule) -> DeployedInfo:

@@ -1,6 +1,7 @@
 """The deployed network that a user gets: what it cannot run, and what would make it answer wrongly, it refuses."""
 
 import warnings
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -92,7 +93,7 @@ class DeployedNetwork(fx.GraphModule):
 
     def __reduce__(self) -> NoReturn:
         raise DeployError(
-            "a deployed network cannot be pickled; write it with gatefit.save_deployed(gated, deployed, folder), and "
+            "a deployed network cannot be pickled; write it with gatefit.save_deployed(deployed, folder), and "
             "read it with gatefit.load_deployed(folder)"
         )
 
@@ -124,11 +125,11 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def seal(network: fx.GraphModule, images: Images, latency: Latency | None = None) -> DeployedNetwork:
+def seal(network: fx.GraphModule, images: Images, latency: Latency | None = None, weights: str = "") -> DeployedNetwork:
     """Make the user's form of a deployed network; the two share their modules."""
     info = deployed_info(network)
     sealed = DeployedNetwork(network, network.graph, class_name="Deployed")
     assert isinstance(sealed, DeployedNetwork)
     sealed.eval()
-    set_deployed_info(sealed, DeployedInfo(info.plans, info.engines, images, latency))
+    set_deployed_info(sealed, replace(info, images=images, latency=latency, weights=weights))
     return sealed._hold()

@@ -8,8 +8,13 @@ import timm
 import torch
 
 import gatefit
-from gatefit.commands.deploy import load_deployed, write_deployment
-from gatefit.deployment.info import deployed_info
+from gatefit.commands.deploy import load_deployed, save_deployed, write_deployment
+from gatefit.deployment.engines.native_network import gathered_network
+from gatefit.deployment.engines.segments import ONNX
+from gatefit.deployment.info import Images, deployed_info, fingerprint
+from gatefit.deployment.kernels.native import kernels
+from gatefit.deployment.network import seal
+from gatefit.deployment.plan import Latency, plans_without_codebooks
 from gatefit.errors import CheckpointError
 from gatefit.folder import read_config
 from gatefit.gating.gates import gates_of
@@ -137,3 +142,59 @@ def test_a_deployment_needs_a_network_beside_it(deployed, tmp_path):
     with pytest.raises(CheckpointError, match=r"no file .*config\.json"):
         write_deployment(tmp_path, deployed_info(deployed[2]).plans)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def in_segments(tmp_path):
+    """A network whose segments run in ONNX Runtime between compiled blocks, timed."""
+    pytest.importorskip("onnxruntime")
+    if kernels() is None:
+        pytest.skip("no C++ compiler")
+    gated, x = small(), torch.randn(4, 3, 32, 32)
+    plans = plans_without_codebooks(gated, skip=True)
+    count = len(deployed_info(gathered_network(gated, plans, [x])).engines)
+    runs = gathered_network(gated, plans, [x], [ONNX] * count)
+    sealed = seal(runs, Images((3, 32, 32)), Latency(4, 1.5, 2.5, "onnxruntime"), fingerprint(gated.state_dict()))
+    gatefit.save(gated, tmp_path / "run")
+    return tmp_path / "run", x, gated, sealed
+
+
+def test_a_deployment_is_kept_whole(in_segments, tmp_path, monkeypatch):
+    """Nothing is exported or timed when it is read."""
+    folder, x, _, runs = in_segments
+    gatefit.save_deployed(runs, folder)
+
+    def never(*_, **__):
+        raise AssertionError("exported or timed anew")
+
+    monkeypatch.setattr("gatefit.deployment.engines.segments.export", never)
+    monkeypatch.setattr("gatefit.deployment.engines.segments.milliseconds", never)
+    shutil.move(folder, tmp_path / "elsewhere")
+    again = gatefit.load_deployed(tmp_path / "elsewhere")
+    assert same(again, runs, x)
+    assert again.latency == runs.latency and deployed_info(again).engines == deployed_info(runs).engines
+    gatefit.save_deployed(again, tmp_path / "elsewhere")
+    assert same(gatefit.load_deployed(tmp_path / "elsewhere"), runs, x)
+
+
+def test_segments_that_are_others_are_refused(in_segments):
+    folder, _, _, runs = in_segments
+    save_deployed(runs, folder)
+    file = folder / "deployment.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    with pytest.raises(CheckpointError, match=r"deployment\.safetensors is not the file"):
+        load_deployed(folder)
+    write_deployment(folder, runs.plans)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_a_deployment_is_saved_beside_its_own_weights_alone(in_onnx, deployed, tmp_path, backend):
+    _, _, onnx = in_onnx
+    runs = onnx if backend == "onnx" else deployed[2]
+    gatefit.save(small(seed=1), tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"other weights .* call gatefit\.save\(gated, folder\) first"):
+        save_deployed(runs, tmp_path / "other")
+    assert not (tmp_path / "other" / "deployment.json").exists()
+    with pytest.raises(CheckpointError, match="no file"):
+        save_deployed(runs, tmp_path / "nowhere")

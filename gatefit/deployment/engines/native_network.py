@@ -20,19 +20,20 @@ def gathered_network(
     plans: dict[str, tuple[BlockPlan, Region | None]],
     batches: Sequence[Tensor],
     engines: Sequence[str] | None = None,
+    contents: Sequence[bytes] = (),
 ) -> fx.GraphModule:
-    """Blocks as `ChainBlocks` if they can be, else as a `GatheredBlock` each, else as `plans` says.
+    """Make blocks `ChainBlocks` if they can be, else as a `GatheredBlock` each, else as `plans` says.
 
     What lies between them runs as `gatefit.deployment.engines.segments.with_fast_segments` says; the engines that
     it chose stand in its `gatefit.deployment.info.DeployedInfo`.
     """
-    network, chosen = with_fast_segments(assemble(gated, plans, _block), batches, engines)
-    set_deployed_info(network, DeployedInfo(tuple(plan for plan, _ in plans.values()), chosen))
+    network, chosen, exported = with_fast_segments(assemble(gated, plans, _block), batches, engines, contents)
+    set_deployed_info(network, DeployedInfo(tuple(plan for plan, _ in plans.values()), chosen, exported))
     return network
 
 
 def gathered_blocks(network: nn.Module) -> dict[str, bool]:
-    """Blocks of a deployed network that run just what each image opens, by name, and whether they are skipped."""
+    """List the blocks of a deployed network that run just what each image opens: whether they are skipped, by name."""
     saliences = [m.saliences for m in network.modules() if isinstance(m, ChainBlock | GatheredBlock)]
     return {s.gate.of.name: s.skip for s in saliences}
 

@@ -80,10 +80,13 @@ class OnnxNetwork:
         model: the file's content.
         plans: what was made of each block, where it is known.
         latency: milliseconds beside the dense network, where it was timed.
+        weights: see `gatefit.deployment.info.DeployedInfo`.
     """
 
-    def __init__(self, model: bytes, plans: tuple[BlockPlan, ...] = (), latency: Latency | None = None) -> None:
-        self.model, self.plans, self.latency = model, plans, latency
+    def __init__(
+        self, model: bytes, plans: tuple[BlockPlan, ...] = (), latency: Latency | None = None, weights: str = ""
+    ) -> None:
+        self.model, self.plans, self.latency, self.weights = model, plans, latency, weights
         self._run = Session(model)
         self._images = Images(tuple(next(iter(self._run.inputs.values()))[1:]))
 

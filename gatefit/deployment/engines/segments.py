@@ -45,19 +45,22 @@ class OnnxSegment(nn.Module):
     Args:
         segment: from tensors to one tensor or several.
         inputs: float32, on the CPU, of a batch size above 1.
+        content: the segment as an ONNX file, where it was exported before.
 
     Raises:
         DeployError: it cannot be exported.
     """
 
-    def __init__(self, segment: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, segment: fx.GraphModule, inputs: tuple[Tensor, ...], content: bytes | None = None) -> None:
         super().__init__()
         if not all(isinstance(t, Tensor) and t.dtype == torch.float32 for t in inputs):
             raise DeployError("a segment takes something else than float32 tensors")
         self.segment = segment
         self.shapes = [t.shape[1:] for t in inputs]
-        batch = torch.export.Dim("batch", min=1)
-        content = export(_Bare(segment).eval(), inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),))
+        if content is None:
+            batch = torch.export.Dim("batch", min=1)
+            content = export(_Bare(segment).eval(), inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),))
+        self.content = content
         self.session = Session(content, spins=False)
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -81,17 +84,21 @@ class _Bare(nn.Module):
 
 @torch.no_grad()
 def with_fast_segments(
-    deployed: fx.GraphModule, batches: Sequence[Tensor], engines: Sequence[str] | None = None
-) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    deployed: fx.GraphModule,
+    batches: Sequence[Tensor],
+    engines: Sequence[str] | None = None,
+    contents: Sequence[bytes] = (),
+) -> tuple[fx.GraphModule, tuple[str, ...], tuple[bytes, ...]]:
     """Run each segment by gatefit's own kernels, in one call with the blocks around it; or by ONNX Runtime if faster.
 
     Args:
         deployed: from `gatefit.deployment.dynamic.assemble`, on the CPU; changed.
         batches: (B, C, H, W) each, to time by.
         engines: of each segment, where they were chosen before.
+        contents: the ONNX files of those that ONNX Runtime runs, where they were exported before.
 
     Returns:
-        The network, and the engine of each segment: `TORCH` or `ONNX`.
+        The network; the engine of each segment, `TORCH` or `ONNX`; and the ONNX files of the latter.
 
     Raises:
         DeployError: `engines` names one that is not installed.
@@ -100,7 +107,7 @@ def with_fast_segments(
     seen = _inputs(split, batches)
     pairs = _inputs(split, [torch.cat([batches[0][:1]] * 2)])
     wanted = engines or [TORCH if not has_onnx() else ""] * len(seen)
-    chosen = []
+    chosen, exported, known = [], [], list(contents)
     for (name, given), engine in zip(seen.items(), wanted, strict=True):
         if engine == TORCH:
             chosen.append(TORCH)
@@ -111,22 +118,24 @@ def with_fast_segments(
         forms: dict[str, nn.Module] = {}
         if engine != ONNX:
             forms[TORCH] = TorchSegment(join_chains(copy.deepcopy(segment)))
-        forms |= _in_onnx(segment, pairs[name][0])
+        forms |= _in_onnx(segment, pairs[name][0], known.pop(0) if known else None)
         times = milliseconds(list(forms.values()), given) if len(forms) > 1 else [0.0]
         chosen.append(min(zip(times, forms, strict=True))[1])
-        if chosen[-1] == ONNX:
-            split.set_submodule(name, forms[ONNX])
+        best = forms[chosen[-1]]
+        if isinstance(best, OnnxSegment):
+            split.set_submodule(name, best)
+            exported.append(best.content)
     joined = _split(join_chains(_inlined(split)))
     for name, part in joined.named_children():
         if isinstance(part, fx.GraphModule) and not any(isinstance(m, _RUNS) for m in part.modules()):
             joined.set_submodule(name, TorchSegment(part))
-    return joined, tuple(chosen)
+    return joined, tuple(chosen), tuple(exported)
 
 
-def _in_onnx(segment: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, nn.Module]:
+def _in_onnx(segment: fx.GraphModule, inputs: tuple[Any, ...], content: bytes | None) -> dict[str, nn.Module]:
     """Export a segment; give it by its engine's name, nothing where it cannot be exported."""
     try:
-        return {ONNX: OnnxSegment(segment, inputs)}
+        return {ONNX: OnnxSegment(segment, inputs, content)}
     except DeployError:
         return {}
 
