@@ -16,7 +16,7 @@ from gatefit.deployment.engines.onnx import OnnxNetwork, masked_onnx, need_onnx
 from gatefit.deployment.engines.pytorch import Run, packed
 from gatefit.deployment.engines.registry import Backend
 from gatefit.deployment.info import Images, deployed_info, fingerprint
-from gatefit.deployment.kernels.native import processor
+from gatefit.deployment.kernels.native import instructions, processor
 from gatefit.deployment.network import DeployedNetwork, seal
 from gatefit.deployment.plan import BlockPlan, Deployment, Latency
 from gatefit.deployment.region import Region, region_or_none
@@ -44,13 +44,15 @@ class Machine:
     """What a deployment was tuned for, in words."""
 
     processor: str
+    instructions: tuple[str, ...]
+    """Sets of instructions that the processor has, such as AVX2."""
     threads: int
     torch: str
 
 
 def this_machine() -> Machine:
     """Describe the machine at hand."""
-    return Machine(processor("model name"), torch.get_num_threads(), torch.__version__)
+    return Machine(processor("model name"), instructions(), torch.get_num_threads(), torch.__version__)
 
 
 def write_deployment(
@@ -89,7 +91,6 @@ def write_deployment(
             {str(i): torch.frombuffer(bytearray(s), dtype=torch.uint8) for i, s in enumerate(segments)},
         )
         file = {"name": SEGMENTS, "sha256": digest(folder / SEGMENTS)}
-    machine = this_machine()
     blocks = [
         {
             "name": p.name,
@@ -107,7 +108,7 @@ def write_deployment(
         "network": network,
         "file": file,
         "engines": engines,
-        "machine": {"processor": machine.processor, "threads": machine.threads, "torch": machine.torch},
+        "machine": asdict(this_machine()),
         "latency": None if latency is None else asdict(latency),
         "blocks": blocks,
     }

@@ -14,13 +14,18 @@ from gatefit.deployment.bench.timing import Row, Timing
 from gatefit.deployment.plan import Deployment
 from gatefit.formats import mega, model_title, percent
 from gatefit.graph.blocks import FoundBlocks
+from gatefit.progress import Lines
 from gatefit.progress import Progress as Step
 
 
 class TrainingBar(AbstractContextManager["TrainingBar"]):
-    """Shows a progress bar with loss, accuracy, the share of MACs that really runs, and the time left."""
+    """Shows a progress bar with loss, accuracy, the share of MACs that really runs, and the time left.
+
+    Without a terminal it writes lines instead.
+    """
 
     def __init__(self, console: Console) -> None:
+        self._lines = None if console.is_terminal else Lines(lambda line: console.print(line, soft_wrap=True))
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=10),
@@ -33,7 +38,8 @@ class TrainingBar(AbstractContextManager["TrainingBar"]):
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "TrainingBar":
-        self._progress.start()
+        if self._lines is None:
+            self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -41,18 +47,16 @@ class TrainingBar(AbstractContextManager["TrainingBar"]):
 
     def __call__(self, step: Step) -> None:
         """Show a step of any stage, or its message."""
+        if self._lines is not None:
+            self._lines(step)
+            return
         if step.message:
             self._progress.console.print(step.message, soft_wrap=True)
         if not step.steps:
             return
         if step.stage not in self._tasks:
             self._tasks[step.stage] = self._progress.add_task(step.stage, total=step.steps, figures="")
-        figures = [] if step.loss is None else [f"loss {step.loss:.3f}"]
-        if step.accuracy is not None:
-            figures.append(f"acc {100 * step.accuracy:.1f} %")
-        if step.share is not None:
-            figures.append(f"MACs {100 * step.share:.1f} %")
-        self._progress.update(self._tasks[step.stage], completed=step.step, figures="  ".join(figures))
+        self._progress.update(self._tasks[step.stage], completed=step.step, figures=step.figures())
 
 
 def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:

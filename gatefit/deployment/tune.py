@@ -14,6 +14,9 @@ from gatefit.deployment.region import Region
 from gatefit.gating.gates import gates_of
 
 ROUNDS = 7
+"""Of timing forms beside each other, at most."""
+FEWEST_ROUNDS, ENOUGH_MS = 3, 1500.0
+"""After so many, forms that have taken so long are timed no more: large networks are known well by then."""
 
 BuildBlocks = Callable[[list[DynamicBlock], list[tuple[Tensor, Tensor]]], list[Callable[[Tensor, Tensor], object]]]
 """Makes runnable forms of blocks, for inputs of given shapes."""
@@ -102,7 +105,7 @@ def _inputs(
 def milliseconds(runs: Sequence[Callable[..., object]], inputs: Sequence[tuple[Tensor, ...]]) -> list[float]:
     """Time each run with its weights at hand, rounds interleaved: the mean over inputs of the median over rounds.
 
-    A run that is clearly slower than another after two rounds is timed no more.
+    A run that is clearly slower than another after two rounds is timed no more, and large ones take fewer rounds.
     """
     times_ms: list[list[list[float]]] = [[[] for _ in inputs] for _ in runs]
     racing = list(range(len(runs)))
@@ -111,4 +114,6 @@ def milliseconds(runs: Sequence[Callable[..., object]], inputs: Sequence[tuple[T
             for k in racing:
                 times_ms[k][i].append(second_run_ms(runs[k], *given))
         racing = still_racing({k: mean_of_medians(times_ms[k]) for k in racing}, done + 1)
+        if done + 1 >= FEWEST_ROUNDS and 2 * sum(sum(map(sum, one)) for one in times_ms) > ENOUGH_MS:
+            break
     return [mean_of_medians(one) for one in times_ms]

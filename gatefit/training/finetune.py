@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from accelerate import PartialState
 from torch import fx, nn
 
 from gatefit.errors import RecipeError
@@ -14,7 +15,7 @@ from gatefit.gating.info import info_of
 from gatefit.gating.threshold import smallest_share
 from gatefit.inputs.data import ImageSet, Source, as_images
 from gatefit.inputs.models import InputSpec, output_count
-from gatefit.progress import OnProgress, silent
+from gatefit.progress import Lines, OnProgress, silent
 from gatefit.recipe import ClosingPart, DistillationPart, FinetunePart
 from gatefit.renamed import renamed_argument
 from gatefit.training.gate_closing import GateClosing
@@ -38,7 +39,7 @@ def finetune(
     closing: ClosingPart | None = None,
     start: str = "data",
     seed: int = 0,
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
 ) -> list[Epoch]:
@@ -55,7 +56,8 @@ def finetune(
         closing: how the gates close.
         start: "data" (see `gatefit.gating.initialise`) or "identity", the paper's.
         seed: of the order of images, augmentation and dropout.
-        on_progress: called after each step, of the initialisation too.
+        on_progress: called after each step, of the initialisation too. None: lines on stderr, the first at once and
+            then every ten seconds; `gatefit.progress.silent`: nothing.
         checkpoint: a file that is written as training goes.
         resume: go on from `checkpoint` if it is there; the end is then the same as without the break.
 
@@ -67,6 +69,8 @@ def finetune(
         TrainingError: the loss is not finite.
         CheckpointError: `checkpoint` is damaged or cannot be written.
     """
+    if on_progress is None:
+        on_progress = Lines() if PartialState().is_main_process else silent
     spec = info_of(gated).input
     images = as_images(data, spec, seed).train
     if not images.fits(output_count(gated, spec)):

@@ -1,5 +1,7 @@
 """The benchmark: dense engines, memory, gates that close at random."""
 
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -12,7 +14,8 @@ from gatefit.deployment import compare
 from gatefit.deployment.bench.memory import held_by, peak_of
 from gatefit.deployment.bench.what_if import keep_open, set_share
 from gatefit.deployment.clock import TRIAL_ROUNDS
-from gatefit.deployment.engines.registry import ENGINES, Eager, available_engines, dense
+from gatefit.deployment.engines.registry import ENGINES, Eager, Inductor, available_engines, dense
+from gatefit.deployment.kernels.native import instructions
 from gatefit.deployment.plan import never_closes
 from gatefit.deployment.tune import ROUNDS, milliseconds
 from gatefit.gating.cost import decisions_of
@@ -107,3 +110,26 @@ def test_a_form_that_has_lost_is_timed_no_more(monkeypatch):
 
     assert milliseconds([slow, fast], [(), ()]) == [3.0, 1.0]
     assert calls.count(slow) == 2 * TRIAL_ROUNDS and calls.count(fast) == 2 * ROUNDS
+
+
+def test_cuda_without_a_gpu_is_no_news(tmp_path):
+    """In a process of its own, as PyTorch says it once."""
+    code = "from gatefit.deployment.engines.registry import _compiled; import torch; _compiled(torch.nn.Identity())"
+    (tmp_path / "bin").mkdir()
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "CUDA_HOME" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "bf16"),
+    [("fma avx2", False), ("avx2 avx512f", False), ("avx2 avx512f avx512_bf16", True), ("avx2 amx_bf16", True)],
+)
+def test_bf16_is_timed_where_the_processor_computes_in_it(flags, bf16, monkeypatch):
+    monkeypatch.setattr("gatefit.deployment.kernels.native.processor", lambda key: flags if key == "flags" else "")
+    instructions.cache_clear()
+    try:
+        assert Inductor(torch.bfloat16).available() == bf16 and Inductor().available()
+        assert instructions()[0] == "AVX2"
+    finally:
+        instructions.cache_clear()

@@ -7,8 +7,11 @@ function but for rounding (`exact`), and what makes it (`prepare`).
 import copy
 import functools
 import importlib.util
+import io
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -18,7 +21,7 @@ from torch import Tensor, fx, nn
 from gatefit.deployment.engines.native_network import gathered_network
 from gatefit.deployment.engines.onnx import Session, export, has_onnx
 from gatefit.deployment.engines.pytorch import Run, packed
-from gatefit.deployment.kernels.native import kernels
+from gatefit.deployment.kernels.native import instructions, kernels
 from gatefit.deployment.plan import plans_without_codebooks
 from gatefit.gating.insert import rewrite
 from gatefit.graph.fold import fold_batch_norms
@@ -139,8 +142,8 @@ class Inductor:
         return self.dtype == torch.float32
 
     def available(self) -> bool:
-        """Tell that it always is; without a compiler making it fails."""
-        return True
+        """Tell that fp32 always is, without a compiler making it fails; bf16 where the processor computes in it."""
+        return self.exact or any("bf16" in name for name in instructions())
 
     def prepare(self, network: Dense) -> Callable[[], Run]:
         """See `Engine`."""
@@ -197,6 +200,8 @@ class OpenVino:
 
 
 def _compiled(network: nn.Module) -> Run:
+    with _without_words_on_cuda():
+        import torch.utils.cpp_extension
     from torch._inductor import config
 
     compiled = torch.compile(copy.deepcopy(network), dynamic=False)
@@ -207,6 +212,19 @@ def _compiled(network: nn.Module) -> Run:
         return result
 
     return run
+
+
+@contextmanager
+def _without_words_on_cuda() -> Iterator[None]:
+    """Keep PyTorch from saying that CUDA is installed without a GPU: nothing here needs one."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):  # older versions print it
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 ENGINES: tuple[Engine, ...] = (

@@ -140,6 +140,25 @@ def _setters() -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
     return setters[0], setters[1]
 
 
+INSTRUCTIONS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX-512 bf16",
+    "amx_bf16": "AMX bf16",
+    "asimd": "NEON",
+    "sve": "SVE",
+    "bf16": "bf16",
+}
+"""Sets of instructions that decide how fast networks run, by the system's names for them."""
+
+
+@functools.cache
+def instructions() -> tuple[str, ...]:
+    """List those of `INSTRUCTIONS` that the processor has, as the system says; nothing where it says nothing."""
+    flags = {*processor("flags").split(), *processor("Features").split()}
+    return tuple(name for flag, name in INSTRUCTIONS.items() if flag in flags)
+
+
 def processor(key: str) -> str:
     """Look up what the system says of its processor under a key such as "model name" or "flags"."""
     info = Path("/proc/cpuinfo")
