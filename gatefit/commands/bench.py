@@ -18,29 +18,42 @@ from gatefit.gating.info import info_of
 from gatefit.gating.insert import retrofit
 from gatefit.inputs.data import some_images
 from gatefit.inputs.models import build, input_spec, parse_reference
+from gatefit.progress import OnProgress, Progress, silent
 
 IMAGES = 64
 """Of which masks are chosen, and that are timed."""
 
 
 def run_bench(
-    network: str, data: str, batches: list[int], what_if: float | None, threads: int, rounds: int
+    network: str,
+    data: str,
+    batches: list[int],
+    what_if: float | None,
+    threads: int,
+    rounds: int,
+    on_progress: OnProgress = silent,
 ) -> tuple[list[Timing], list[Row]]:
     """Time a folder or model, see `gatefit.deployment.bench.timing.bench`; the number of threads is put back.
 
     Raises:
-        GatefitError: there is no such folder or model, or a model without `what_if`.
+        GatefitError: there is no such folder or model, or a model without `what_if`; or there is nothing to time.
     """
+    if rounds < 1:
+        raise DeployError(f"--rounds must be 1 or more, not {rounds}")
+    if any(size > IMAGES for size in batches):
+        raise DeployError(f"--batch must be {IMAGES} at most, as many images as are timed, not {max(batches)}")
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
     try:
+        on_progress(Progress("bench", message="building the network and its gates"))
         if Path(network).is_dir():
             original, gated, images = _folder(Path(network), data)
         elif what_if is None:
             raise DeployError(f"'{network}' is no folder; a model that is not converted needs --what-if SHARE")
         else:
             original, gated, images = _what_if(network, what_if)
+        on_progress(Progress("bench", message="writing the network with gates as an ONNX file"))
         # Written ahead: what exporting leaves in memory is not the network's.
         file = make_deployed(gated, images, "onnx", compared=False).model if has_onnx() else None
         timings: list[Timing] = []
@@ -51,7 +64,7 @@ def run_bench(
             }
             if isinstance(file, bytes):
                 deployed["onnxruntime"] = functools.partial(OnnxNetwork, file)
-            some_timings, some_rows = bench(original, gated, deployed, images, size, rounds)
+            some_timings, some_rows = bench(original, gated, deployed, images, size, rounds, on_progress)
             timings, rows = timings + some_timings, rows + some_rows
         return timings, rows
     finally:

@@ -10,7 +10,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from gatefit.commands.coverage import Coverage
-from gatefit.deployment.bench.timing import Row, Timing
+from gatefit.deployment.bench.timing import Row, Timing, title_of
+from gatefit.deployment.kernels.native import instructions
 from gatefit.deployment.plan import Deployment
 from gatefit.formats import mega, model_title, percent
 from gatefit.graph.blocks import FoundBlocks
@@ -116,19 +117,22 @@ def show_coverage(console: Console, found: list[Coverage]) -> None:
 def show_deployment(console: Console, deployment: Deployment) -> None:
     """Print what each block was turned into, and how long the deployed network and the original take."""
     table = Table(title="blocks as deployed", title_justify="left")
-    for name in ("block", "skipped", "masks", "channels of each", "because"):
-        table.add_column(name, justify="left" if name in ("block", "because") else "right", overflow="fold")
-    beside = any(plan.parallel for plan in deployment.plans)
+    for name in ("block", "runs", "masks", "channels of each", "because"):
+        table.add_column(name, justify="right" if name in ("masks", "channels of each") else "left", overflow="fold")
+    parallel = any(plan.parallel for plan in deployment.plans)
     for plan in deployment.plans:
         if plan.name in deployment.gathered:
-            skipped = "yes" if deployment.gathered[plan.name] else "no"
-            table.add_row(plan.name, skipped, "any", "-", "open units gathered for each image")
+            runs = "open units" if plan.codebook is not None else "whole"
+            runs = f"skipped, or {runs}" if deployment.gathered[plan.name] else runs
+            table.add_row(plan.name, runs, "any", "-", "open units gathered for each image")
             continue
         sizes = [] if plan.codebook is None else plan.codebook.sum(1).tolist()
-        first = "gates first: its first layer cannot run by itself" if beside and not plan.parallel else ""
+        first = "gates first: its first layer cannot run by itself" if parallel and not plan.parallel else ""
         why = plan.reason or first or ("" if plan.dynamic else "no dynamic form of it was faster")
         entries = " ".join(str(s) for s in sizes)
-        table.add_row(plan.name, "yes" if plan.skip else "no", str(len(sizes) or "-"), entries or "-", why)
+        runs = "a mask" if len(sizes) > 1 else "whole"
+        runs = f"skipped, or {runs}" if plan.skip else runs
+        table.add_row(plan.name, runs, str(len(sizes) or "-"), entries or "-", why)
     console.print(table)
     if deployment.agreement is not None:
         console.print(
@@ -136,11 +140,12 @@ def show_deployment(console: Console, deployment: Deployment) -> None:
         )
     latency = deployment.latency
     if latency is None:
-        console.print("not timed beside the original: it is missing, or does not run in these engines")
+        console.print("not timed beside the original: it does not run in these engines")
     else:
         images = "an image" if latency.batch == 1 else f"{latency.batch} images"
         console.print(
-            f"{images}: {latency.deployed:.2f} ms, in the original {latency.original:.2f} ms ({latency.engine})",
+            f"{images}: {latency.deployed:.2f} ms, in the original {latency.original:.2f} ms ({latency.engine})"
+            f"{_processor()}",
             soft_wrap=True,
         )
         if latency.slower:
@@ -151,19 +156,39 @@ def show_deployment(console: Console, deployment: Deployment) -> None:
             )
 
 
+ENGINE_WORDS = {
+    "torch": "PyTorch as it is; gated, what gatefit.deploy makes for PyTorch",
+    "torch, packed": "PyTorch with its weights laid out for oneDNN ahead",
+    "torch, gathered": "gatefit's own compiled kernels, with gates that never close",
+    "inductor": "torch.compile with frozen weights",
+    "inductor, bf16": "the same in bf16, for the record: its answers differ",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+"""What the names of engines mean."""
+
+
+def _processor() -> str:
+    """Say which instructions the processor has, behind a comma; nothing where the system does not say."""
+    return f", a processor with {', '.join(instructions())}" if instructions() else ""
+
+
 def show_bench(console: Console, timings: list[Timing], rows: list[Row]) -> None:
     """Print the times of every engine, then each dynamic engine beside the fastest dense one."""
     threads = timings[0].threads if timings else 0
-    title = f"milliseconds per batch, {threads} thread{'' if threads == 1 else 's'}"
+    title = f"milliseconds per batch, {threads} thread{'' if threads == 1 else 's'}{_processor()}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("engine", "batch", "p50", "p95", "images/s", "difference", "MB"):
         table.add_column(name, justify="left" if name == "engine" else "right", no_wrap=True)
     for t in timings:
-        what = f"{'gated' if t.dynamic else 'original'}, {t.engine}"
         figures = (f"{t.p50_ms:.2f}", f"{t.p95_ms:.2f}", f"{t.images_per_second:.1f}", f"{t.max_abs_diff:.1e}")
-        table.add_row(what, str(t.batch), *figures, "-" if t.peak_mb is None else f"{t.peak_mb:.0f}")
+        table.add_row(
+            title_of(t.engine, t.dynamic), str(t.batch), *figures, "-" if t.peak_mb is None else f"{t.peak_mb:.0f}"
+        )
     console.print(table)
     console.print("difference: largest, from the outputs due. MB: memory at its peak.")
+    for name in dict.fromkeys(t.engine for t in timings):
+        console.print(f"{name}: {ENGINE_WORDS.get(name, 'another engine')}", soft_wrap=True)
     console.print()
     title = "each deployed form against the fastest form of the original"
     shares = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)

@@ -124,11 +124,13 @@ def test_deploy_and_bench(converted, tmp_path):
     folder, _ = converted
     result = gatefit("deploy", folder)
     assert result.exit_code == 0 and "blocks as deployed" in result.stdout, result.stderr
+    assert "timing the deployed network beside" in result.stderr
     assert f"written: {folder / 'deployment.json'}" in result.stdout
     assert json.loads((folder / "deployment.json").read_text())["backend"] == "torch"
     assert re.search(r"an image: \d+\.\d\d ms, in the original \d+\.\d\d ms", result.stdout)
     (folder / "deployment.json").unlink()
     result = gatefit("bench", folder, "--batch", "1", "--rounds", "2", "--json")
+    assert "batch 1: original, torch: " in result.stderr and "batch 1, rounds 2/2" in result.stderr
     rows = json.loads(result.stdout)["rows"]
     keys = {"engine", "batch", "threads", "dense_ms", "dynamic_ms", "macs_share", "time_share", "realised"}
     assert rows and all(keys <= set(r) and r["max_abs_diff"] < 1e-3 for r in rows)
@@ -138,7 +140,10 @@ def test_deploy_and_bench(converted, tmp_path):
     assert "between 0 and 1" in refused("bench", f"{EXAMPLE}:resnet8", "--what-if", "2")
     placebo = gatefit("bench", f"{EXAMPLE}:resnet8", "--what-if", "1", "--batch", "2", "--rounds", "2", "--json")
     assert all(r["macs_share"] >= 1 and r["max_abs_diff"] < 1e-4 for r in json.loads(placebo.stdout)["rows"])
-    assert "--batch must be" in refused("bench", folder, "--batch", "x")
+    for batch in ("x", "²", "0", "999999999", "9" * 5000):
+        assert "--batch must be" in refused("bench", folder, "--batch", batch)
+    assert "--rounds must be 1 or more" in refused("bench", folder, "--rounds", "0")
+    assert "one by one: leave batch at 1, not 4" in refused("deploy", folder, "--backend", "onnx", "--batch", "4")
     assert "no file" in refused("deploy", tmp_path)
     harvested = gatefit("deploy", folder, "--harvest", "--batch", "7", "--placement", "parallel")
     assert harvested.exit_code == 0 and "answers as before on" in harvested.stdout, harvested.stderr
@@ -160,7 +165,8 @@ def test_a_deployment_says_which_blocks_are_gathered():
     show_deployment(console, Deployment(plans, {"b": True}, None, None))
     first, second = (line for line in console.file.getvalue().splitlines() if line.startswith(("│ a", "│ b")))
     assert "no dynamic form of it was faster" in first and "gathered for each image" not in first
-    assert "open units gathered for each image" in second and "yes" in second
+    assert "open units gathered for each image" in second and "skipped, or open units" in second
+    assert "│ whole " in first
 
 
 def test_inspect():

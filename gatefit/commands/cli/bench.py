@@ -1,5 +1,6 @@
 """`gatefit bench`."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -30,17 +31,18 @@ def bench(
     not read. All forms run in turns.
     """
     with session(f"bench {model_title(network)}") as stdout:
-        sizes = [int(b) if b.strip().isdigit() else 0 for b in batch.split(",")]
+        sizes = [int(b) if re.fullmatch(r"\s*[0-9]{1,9}\s*", b) else 0 for b in batch.split(",")]
         if not all(sizes):
             raise GatefitError(f"--batch must be sizes with commas between, such as 1,8, not '{batch}'")
         from rich.console import Console
 
         from gatefit.commands.bench import run_bench
-        from gatefit.commands.display import show_bench
+        from gatefit.commands.display import TrainingBar, show_bench
         from gatefit.commands.report.result import BENCH
         from gatefit.files import write_json
 
-        timings, rows = run_bench(network, data, sizes, what_if, threads, rounds)
+        with TrainingBar(Console(stderr=True, markup=False)) as bar:
+            timings, rows = run_bench(network, data, sizes, what_if, threads, rounds, bar)
         measured = {"rows": [asdict(r) for r in rows], "engines": [asdict(t) for t in timings]}
         if as_json:
             print_json(stdout, measured)

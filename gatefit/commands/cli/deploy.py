@@ -54,12 +54,13 @@ def deploy(
         from rich.console import Console
 
         from gatefit.commands.deploy import FILE, deploy_folder
-        from gatefit.commands.display import show_deployment
+        from gatefit.commands.display import TrainingBar, show_deployment
         from gatefit.commands.opened import open_folder
 
         opened = open_folder(folder, data, skip_corrupt)
         prune = prune_unused or harvest
-        deployment = deploy_folder(folder, opened, backend.value, masks, prune, batch, out, placement.value)
+        with TrainingBar(Console(stderr=True, markup=False)) as bar:
+            deployment = deploy_folder(folder, opened, backend.value, masks, prune, batch, out, placement.value, bar)
         console = Console(file=stdout, markup=False)
         show_deployment(console, deployment)
         console.print(f"written: {folder / FILE}", soft_wrap=True)

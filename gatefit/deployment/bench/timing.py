@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.bench.memory import held_by, peak_of
-from gatefit.deployment.clock import turn_ms
+from gatefit.deployment.clock import second_run_ms, turn_ms
 from gatefit.deployment.engines.pytorch import Run
 from gatefit.deployment.engines.registry import available_engines, dense
 from gatefit.deployment.plan import share_of
 from gatefit.deployment.tune import milliseconds
 from gatefit.gating.gates import before_gates
+from gatefit.progress import OnProgress, Progress, silent
 
 WARM_UP = 5
 PAUSE = 0.1
@@ -68,6 +69,11 @@ class Row:
     dynamic_peak_mb: float | None
 
 
+def title_of(engine: str, dynamic: bool) -> str:
+    """Name what runs in an engine, as tables do."""
+    return f"{'gated' if dynamic else 'original'}, {engine}"
+
+
 @torch.no_grad()
 def bench(
     original: nn.Module,
@@ -76,6 +82,7 @@ def bench(
     images: Tensor,
     batch: int,
     rounds: int,
+    on_progress: OnProgress = silent,
 ) -> tuple[list[Timing], list[Row]]:
     """Time all engines on batches of `images`, with torch's present number of threads.
 
@@ -85,7 +92,9 @@ def bench(
         deployed: what makes them, by the name of their engine.
         images: normalised, (N, C, H, W).
         batch: images at once.
-        rounds: in each, all engines take the same batch, one after another, each twice: the second one counts.
+        rounds: in each, all engines take the same batch, one after another, each twice: the second one counts. Short
+            runs are repeated.
+        on_progress: told of each engine that is made, with its first figure, and of each round.
 
     Returns:
         Every engine; and each dynamic one beside the fastest dense one.
@@ -97,11 +106,19 @@ def bench(
     makers |= {(name, True): make for name, make in deployed.items()}
     engines, peaks = dict[tuple[str, bool], Run](), dict[tuple[str, bool], float | None]()
     for key, make in makers.items():
+        what = title_of(*key)
+        on_progress(Progress("bench", message=f"batch {batch}: making {what}"))
         engines[key], held = held_by(make)
+        first = second_run_ms(engines[key], batches[0])
+        on_progress(Progress("bench", message=f"batch {batch}: {what}: {first:.2f} ms at first"))
         more = peak_of(lambda: engines[key](batches[0]))  # noqa: B023
         peaks[key] = None if held is None or more is None else held + more
     timings = []
-    for (name, dynamic), times_ms in times(engines, batches, rounds).items():
+
+    def on_round(done: int) -> None:
+        on_progress(Progress(f"batch {batch}, rounds", done, rounds))
+
+    for (name, dynamic), times_ms in times(engines, batches, rounds, on_round).items():
         wanted, run = (gated if dynamic else original), engines[name, dynamic]
         difference = max(float((run(b) - wanted(b)).abs().max()) for b in batches[:COMPARED])
         ordered = sorted(times_ms)
