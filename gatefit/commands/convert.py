@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, fx, nn
 
+from gatefit.commands.expected import expectation
 from gatefit.commands.figures import kept_figures, summarise
 from gatefit.commands.output_folder import BASELINE, FINETUNE, check_folder, output_folder
 from gatefit.commands.report.result import REPORT, Result
@@ -70,6 +71,7 @@ def convert(recipe: Recipe, out: Path, *, resume: bool = False, on_progress: OnP
     run = _Run(recipe, out, resume, PartialState().is_main_process, on_progress)
     inputs = prepare(run)
     with output_folder(recipe, out, run.main, on_progress):
+        expect(run, inputs)
         inputs = train_baseline(run, inputs)
         gated = insert_gates(run, inputs)
         history = close_gates(run, inputs, gated)
@@ -152,6 +154,14 @@ def prepare(run: _Run) -> _Inputs:
             "labels alone, without the original as its teacher"
         )
     return _Inputs(reference, model, data, spec, labelled, trained)
+
+
+def expect(run: _Run, inputs: _Inputs) -> None:
+    """Say what time the network will probably take on this machine, before anything is trained; it decides nothing."""
+    target = run.recipe.closing.target
+    if run.main and target is not None and not run.resume:
+        run.say("measuring what time random gates of that share would take here")
+        run.say(expectation(inputs.model, inputs.spec.shape, target, run.recipe.gates.kinds))
 
 
 def train_baseline(run: _Run, inputs: _Inputs) -> _Inputs:

@@ -18,7 +18,7 @@ from gatefit.deployment.engines.segments import ONNX, TORCH
 from gatefit.deployment.info import Images, deployed_info, fingerprint
 from gatefit.deployment.kernels.native import kernels
 from gatefit.deployment.network import DeployedNetwork, seal
-from gatefit.deployment.plan import BlockPlan, Observed, observe, plan_block
+from gatefit.deployment.plan import BlockPlan, Latency, Observed, observe, plan_block
 from gatefit.deployment.region import Region, region_or_none
 from gatefit.deployment.tune import milliseconds, tune
 from gatefit.errors import DeployError
@@ -29,6 +29,10 @@ from gatefit.renamed import renamed_argument
 
 TUNING_IMAGES = 8
 """Images, or batches of more than that, that forms are timed by."""
+
+
+EXPECTED_IMAGES = 4
+"""That an expectation is measured by."""
 
 
 @renamed_argument("harvest", "prune_unused")
@@ -139,6 +143,19 @@ def make_deployed(
     fastest = _fastest(forms, batches)
     latency = latency_of(fastest, gated, batches, backend, say) if compared else None
     return seal(fastest, Images(tuple(images[0].shape[1:]), images[0].dtype), latency, weights)
+
+
+def expected_latency(gated: fx.GraphModule, images: Tensor) -> Latency | None:
+    """Time what `deploy` would probably make for single images, without trying each block's forms: in seconds.
+
+    Raises:
+        GatefitError: the network cannot be deployed.
+    """
+    batches = list(images[:EXPECTED_IMAGES].split(1))
+    with evaluating(gated):
+        plans = _plans(gated, observe(gated, [images]), batches, "torch", 4, False, False, "sequential")
+        forms = [packed(assemble(gated, plans)), *_gathered_forms(gated, plans, batches, lambda line: None)]
+    return latency_of(_fastest(forms, batches), gated, batches, "torch")
 
 
 def _check_finite(gated: fx.GraphModule, images: list[Tensor]) -> None:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name in timm or torchvision, or file.py:function.")],
     image_size: Annotated[int, typer.Option(help="Side of the input in pixels. 0: the network's own.")] = 0,
+    share: Annotated[
+        float | None,
+        typer.Option(help="Also say what time gates that leave this share of the MACs, such as 0.5, would take here."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show which blocks of a network can be gated.
@@ -40,6 +44,11 @@ def inspect(
             print_json(stdout, {"model": model, **_plain(found)})
         else:
             show_blocks(Console(file=stdout, markup=False), model, found)
+        if found.blocks and share is not None:
+            from gatefit.commands.expected import expectation
+
+            line = expectation(network, shape, share)
+            Console(stderr=as_json, file=None if as_json else stdout, markup=False).print(line, soft_wrap=True)
         if not found.blocks:
             raise ConversionError(no_block_message(model, found))
 
