@@ -41,7 +41,7 @@ def test_gathered_networks_are_copied_and_take_another_layout(name, form, compen
     gathered = next(e for e in ENGINES if e.name == "gathered")
     gated = gated_network(name, form, compensation)
     deployed = gathered.deploy(gated)
-    kind = ChainBlock if form == "step" and name != "inverted" else GatheredBlock  # its activation is SiLU
+    kind = ChainBlock if form == "step" else GatheredBlock
     assert sum(isinstance(m, kind) for m in deployed.modules()) == len(gates_of(gated))
     others = images(9, seed=5)
     with torch.no_grad():

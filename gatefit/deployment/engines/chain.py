@@ -4,7 +4,6 @@ A `ChainBlock` is a gated block, a `PlainBlock` is what lies between two of them
 one behind the other. All describe themselves to the kernels by the structs of `gatefit.deployment.kernels.abi`.
 """
 
-import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.dynamic import Saliences
-from gatefit.deployment.engines.gathered import OPEN, UNBOUNDED, GatheredConv, gathered_variant, need_kernels
+from gatefit.deployment.engines.activation import NONE, RELU, KernelActivation, kernel_activation
+from gatefit.deployment.engines.gathered import OPEN, GatheredConv, gathered_variant, need_kernels
 from gatefit.deployment.kernels.abi import (
     CONVOLUTION,
     DEPTHWISE,
@@ -57,8 +57,8 @@ class Step:
     """Whether its output channels are the open units of the block; else it computes all."""
     open_ic: bool
     """Whether its input channels are the open units; else it reads all."""
-    bounds: tuple[float, float]
-    """Lowest and highest value: the activation."""
+    activation: KernelActivation
+    """Behind the convolution, its sum and its compensation."""
     compensated: bool = False
     """Whether something stands in its bias for the closed units."""
 
@@ -85,8 +85,7 @@ class Step:
             open_oc=self.open_oc,
             open_ic=self.open_ic,
             compensated=self.compensated,
-            lowest=self.bounds[0],
-            highest=self.bounds[1],
+            **self.activation.fields(),
         )
         return Structs(struct, packed_weight, _shape_after(struct, shape))
 
@@ -115,8 +114,7 @@ class Pooling:
             stride=self.stride,
             padding=self.padding,
             kind=MAX_POOLING,
-            lowest=UNBOUNDED[0],
-            highest=UNBOUNDED[1],
+            **NONE.fields(),
         )
         return Structs(struct, None, _shape_after(struct, shape))
 
@@ -153,6 +151,14 @@ class PlainBlock(nn.Module):
         self.steps = list(steps)
         self.convs = nn.ModuleList(step.conv for step in self.steps if isinstance(step, Step))
 
+    def absorb(self, activation: KernelActivation) -> bool:
+        """Take over what comes right behind the block; False: it ends in a pooling or in another activation."""
+        last = self.steps[-1]
+        if not isinstance(last, Step) or last.activation != NONE:
+            return False
+        self.steps[-1] = replace(last, activation=activation)
+        return True
+
     def to_structs(self, run: Kernels, shape: Shape) -> Structs:
         """Describe the block for inputs of a shape, as `Step.to_structs` does."""
         steps, owned, result = _steps_to_structs(self.steps, run, shape)
@@ -161,8 +167,7 @@ class PlainBlock(nn.Module):
             n_steps=len(self.steps),
             adds_input=self.adds_input,
             steps=steps,
-            lowest=UNBOUNDED[0],
-            highest=UNBOUNDED[1],
+            **NONE.fields(),
         )
         return Structs(struct, owned, result)
 
@@ -187,7 +192,8 @@ class ChainBlock(nn.Module):
             self.steps = [replace(step, open_oc=False, open_ic=False, compensated=False) for step in self.steps]
         self.convs = nn.ModuleList(step.conv for step in self.steps)
         self.compensation = None if gate.compensation is None else variant.get_submodule("compensation")
-        self.bounds = (0.0 if region.relu is not None else -math.inf, math.inf)
+        self.activation = NONE if region.relu is None else RELU
+        """Behind the sum, for images that skip the branch too."""
         self.projection: PlainBlock | None = None
         """Makes the shortcut of the block's input; None: the shortcut is the input itself, or given."""
 
@@ -195,6 +201,14 @@ class ChainBlock(nn.Module):
     def adds_input(self) -> bool:
         """See `PlainBlock.adds_input`."""
         return self.projection is None
+
+    def absorb(self, activation: KernelActivation) -> bool:
+        """Take over what comes right behind the block; False: there is an activation there already."""
+        if self.activation != NONE or self.steps[-1].activation != NONE:
+            return False
+        self.activation = activation
+        self.steps = [*self.steps[:-1], replace(self.steps[-1], activation=activation)]
+        return True
 
     def to_structs(self, run: Kernels, shape: Shape) -> Structs:
         """Describe the block for inputs of a shape, as `Step.to_structs` does."""
@@ -219,8 +233,7 @@ class ChainBlock(nn.Module):
             adds_input=self.adds_input,
             steps=steps,
             projection=projection,
-            lowest=self.bounds[0],
-            highest=self.bounds[1],
+            **self.activation.fields(),
         )
         return Structs(struct, (owned, projection_owned, compensation), result)
 
@@ -256,6 +269,13 @@ class ChainBlocks(nn.Module):
         first = self.blocks[0]
         assert isinstance(first, ChainBlock | PlainBlock)
         return first
+
+    def absorb(self, activation: KernelActivation) -> bool:
+        """Take over the activation behind the last block; see `PlainBlock.absorb`."""
+        last = self.blocks[-1]
+        assert isinstance(last, ChainBlock | PlainBlock)
+        self._prepared = None
+        return last.absorb(activation)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Run x, (B, C, H, W) float32, through the first block, its result through the next, and so on.
@@ -309,8 +329,8 @@ def need_shape(branch: Shape, shortcut: tuple[int, ...]) -> None:
 def _chain(variant: fx.GraphModule) -> list[Step]:
     """List the convolutions of a gathered variant in order, if it is nothing else.
 
-    Example: conv1 -> ReLU -> conv2 -> + shortcut -> ReLU gives two steps, both with the bounds (0, inf). The first one
-    has `open_oc`, the second `open_ic`.
+    Example: conv1 -> ReLU -> conv2 -> + shortcut -> ReLU gives two steps, both with a ReLU. The first one has
+    `open_oc`, the second `open_ic`.
 
     Raises:
         DeployError: it is something else.
@@ -329,9 +349,10 @@ def _chain(variant: fx.GraphModule) -> list[Step]:
         if added and activation_of(variant, node) != "relu":
             break
         others = [n for n in node.all_input_nodes if n is not current and n is not open_units]
-        if isinstance(module, GatheredConv) and node.args[0] is current and isinstance(module.after, nn.Identity):
+        activation = kernel_activation(variant, node)
+        if isinstance(module, GatheredConv) and node.args[0] is current:
             reads_open = (node.kwargs.get("oc") is open_units, node.kwargs.get("ic") is open_units)
-            steps.append(Step(module, *reads_open, module.bounds))
+            steps.append(Step(module, *reads_open, module.activation))
             added = others == [shortcut]
             if others and not added:
                 break
@@ -339,11 +360,13 @@ def _chain(variant: fx.GraphModule) -> list[Step]:
             steps[-1].compensated = True
         elif steps and node.target in _SUMS and others == [shortcut]:
             added = True
-        elif steps and activation_of(variant, node) == "relu" and not others:
-            steps[-1].bounds = (0.0, math.inf)
+        elif steps and activation is not None and not others:
+            if steps[-1].activation != NONE and (steps[-1].activation, activation) != (RELU, RELU):
+                break  # only a ReLU changes nothing when it is applied twice
+            steps[-1].activation = activation
         else:
             break
-        if steps[-1].bounds != UNBOUNDED and node.target in (add_compensation, *_SUMS):
+        if steps[-1].activation != NONE and node.target in (add_compensation, *_SUMS):
             break  # the activation comes before this sum, and the kernels apply it behind
         current = node
     raise DeployError("its branch is no chain of convolutions")

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.dynamic import Saliences, reads_saliences
+from gatefit.deployment.engines.activation import PLAIN_ACTIVATIONS
 from gatefit.deployment.engines.prepack import replace_convs
+from gatefit.deployment.kernels.abi import CLAMP
 from gatefit.deployment.kernels.native import Kernels, kernels, threads
 from gatefit.deployment.plan import BlockPlan
 from gatefit.deployment.region import Region, extract
@@ -25,8 +27,6 @@ OPEN = "open"
 """The input of a gathered variant besides `gatefit.deployment.region.INPUTS`: the open units, (n,) int64."""
 UNBOUNDED = (-math.inf, math.inf)
 """Bounds of a result without activation."""
-_BOUNDS = {"none": UNBOUNDED, "relu": (0.0, math.inf), "hardtanh": (0.0, 6.0)}
-"""Lowest and highest value of the activations that the kernels know."""
 
 
 class GatheredConv(nn.Module):
@@ -46,8 +46,11 @@ class GatheredConv(nn.Module):
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), requires_grad=False)
         self.stride, self.padding = int(conv.stride[0]), int(conv.padding[0])
         self.depthwise = conv.groups > 1
-        self.bounds = _BOUNDS.get(activation, UNBOUNDED)
-        self.after = nn.Identity() if activation in _BOUNDS else PLAIN[activation]()
+        self.activation = PLAIN_ACTIVATIONS[activation]
+        """What a chain runs behind the convolution in the same call."""
+        self.bounds = self.activation.bounds
+        self.after = nn.Identity() if self.activation.kind == CLAMP else PLAIN[activation]()
+        """What a single call leaves to PyTorch."""
         self.register_buffer("all_oc", torch.arange(conv.out_channels), persistent=False)
         self.register_buffer("all_ic", torch.arange(conv.in_channels), persistent=False)
 

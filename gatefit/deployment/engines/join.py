@@ -2,6 +2,7 @@
 
 from torch import fx, nn
 
+from gatefit.deployment.engines.activation import kernel_activation
 from gatefit.deployment.engines.chain import ChainBlock, ChainBlocks, PlainBlock, Pooling, Step
 from gatefit.deployment.engines.gathered import ChannelsLastPool, GatheredConv, with_gathered_convs
 from gatefit.graph.trace import module_of
@@ -11,8 +12,8 @@ def join_chains(network: fx.GraphModule) -> fx.GraphModule:
     """Run each convolution that the kernels know as a `ChainBlocks`, and join all that follow each other; in place.
 
     Two of them are joined if nothing else reads the value between them, except the convolution that makes the second
-    one's shortcut. Example: conv -> ReLU -> pooling -> block -> block becomes one `ChainBlocks` of three blocks: conv
-    and pooling make one `PlainBlock`.
+    one's shortcut. Activations behind them join too. Example: conv -> ReLU -> pooling -> block -> SiLU -> block becomes
+    one `ChainBlocks` of three blocks: conv and pooling make one `PlainBlock`.
     """
     with_gathered_convs(network)
     for node in network.graph.nodes:
@@ -20,6 +21,7 @@ def join_chains(network: fx.GraphModule) -> fx.GraphModule:
         if step is not None and len(node.args) == 1:
             node.target = f"{node.target}_{node.name}"  # a module that is called twice becomes two steps
             network.add_submodule(node.target, ChainBlocks([PlainBlock([step])]))
+    _absorb_activations(network)
     for node in network.graph.nodes:
         block = module_of(network, node)
         if not isinstance(block, ChainBlocks):
@@ -45,10 +47,23 @@ def join_chains(network: fx.GraphModule) -> fx.GraphModule:
     return network
 
 
+def _absorb_activations(network: fx.GraphModule) -> None:
+    """Run each activation right behind a chain, which nothing else reads, as a part of it."""
+    for node in list(network.graph.nodes):
+        activation = kernel_activation(network, node)
+        before = node.all_input_nodes[0] if activation is not None else node
+        chain = module_of(network, before)
+        if activation is None or not isinstance(chain, ChainBlocks) or len(before.users) > 1:
+            continue
+        if chain.absorb(activation):
+            node.replace_all_uses_with(before)
+            network.graph.erase_node(node)
+
+
 def _step(module: nn.Module | None) -> Step | Pooling | None:
     """Make a step of a chain of a convolution or pooling; None for a module that the kernels do not know."""
     if isinstance(module, GatheredConv):
-        return Step(module, False, False, module.bounds) if isinstance(module.after, nn.Identity) else None
+        return Step(module, False, False, module.activation)
     if type(module) not in (nn.MaxPool2d, ChannelsLastPool) or module.ceil_mode or module.return_indices:  # type: ignore[union-attr]
         return None
     assert isinstance(module, nn.MaxPool2d)

@@ -20,15 +20,26 @@
 //   P              PACKED_OC
 //
 // Images hold open channels only: channel j of an image (n_in, H, W) is input channel ic[j] of the weight.
-// clamp(x) = min(max(x, lowest), highest), the activation: 0 and infinity are a ReLU, 0 and 6 a ReLU6, -infinity and
-// infinity none. Pixels beyond the border are 0, in max pooling -infinity. A bias or residual that is null is 0.
+// clamp(x) is the activation, see `Activation`. Pixels beyond the border are 0, in max pooling -infinity. A bias or
+// residual that is null is 0.
 
 #include <cstdint>
 
-constexpr int64_t ABI_VERSION = 1;
+constexpr int64_t ABI_VERSION = 2;
 
 // P: neighbouring output channels that lie side by side in a packed weight, one in each lane of a register.
 constexpr int64_t PACKED_OC = 16;
+
+// An activation. p is its `parameter`, sigmoid(x) = 1 / (1 + exp(-x)).
+//
+//   CLAMP       min(max(x, lowest), highest): 0 and infinity are a ReLU, 0 and 6 a ReLU6, -infinity and infinity none
+//   SILU        x * sigmoid(x)
+//   HARDSWISH   x * min(max(x + 3, 0), 6) / 6
+//   GELU        x * (1 + erf(x / sqrt(2))) / 2
+//   GELU_TANH   x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x^3)), the same with tanh for erf
+//   LEAKY_RELU  x where x > 0, else p * x
+//   ELU         x where x > 0, else p * (exp(x) - 1)
+enum Activation : int64_t { CLAMP = 0, SILU = 1, HARDSWISH = 2, GELU = 3, GELU_TANH = 4, LEAKY_RELU = 5, ELU = 6 };
 
 // What a step of a branch computes.
 //
@@ -64,8 +75,9 @@ struct StepStruct {
   int64_t open_oc, open_ic;
   // 1: the bias is the one that stands in for closed units, see `BlockStruct`.
   int64_t compensated;
-  // Of the activation, see `clamp` above. The last step's is applied behind the sum with the residual.
-  float lowest, highest;
+  // The activation and what it reads. The last step's is applied behind the sum with the residual.
+  int64_t activation;
+  float parameter, lowest, highest;
 };
 
 // A block and its gates. For one image x (C, H, W):
@@ -99,8 +111,9 @@ struct BlockStruct {
   const StepStruct* steps;
   // One CONVOLUTION that makes the residual of the block's input, or null.
   const StepStruct* projection;
-  // Of the activation behind the sum, for images that skip the branch.
-  float lowest, highest;
+  // The activation behind the sum, for images that skip the branch.
+  int64_t activation;
+  float parameter, lowest, highest;
 };
 
 extern "C" {
@@ -115,7 +128,7 @@ const char* gathered_abi_layout();
 // 1 if weights should be packed (see `StepStruct::packed_weight`) for convolutions of images that are W = `width` wide.
 int64_t gathered_narrow(int64_t width);
 
-// out = clamp(bias + residual + convolution), see CONVOLUTION, for each of B images.
+// out = clamp(bias + residual + convolution), see CONVOLUTION, with the activation CLAMP, for each of B images.
 //   images (B, n_in, H, W)   weight (OC, IC, K, K)   bias (OC,) or null   oc (n_out,)   ic (n_in,), ascending
 //   residual (B, n_out, OH, OW) or null   out (B, n_out, OH, OW)
 void gathered_conv(const float* images, const float* weight, const float* bias, const int64_t* oc, const int64_t* ic,
@@ -123,7 +136,7 @@ void gathered_conv(const float* images, const float* weight, const float* bias, 
                    int64_t n_out, int64_t ic_total, int64_t kernel, int64_t stride, int64_t padding, float lowest,
                    float highest, int64_t threads);
 
-// out = clamp(bias + depthwise convolution), see DEPTHWISE, for each of B images.
+// out = clamp(bias + depthwise convolution), see DEPTHWISE, with the activation CLAMP, for each of B images.
 //   images (B, n_out, H, W)   weight (OC, 1, K, K)   bias (OC,) or null   oc (n_out,)   out (B, n_out, OH, OW)
 void gathered_depthwise(const float* images, const float* weight, const float* bias, const int64_t* oc, float* out,
                         int64_t batch, int64_t n_out, int64_t height, int64_t width, int64_t kernel, int64_t stride,

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from gatefit.errors import DeployError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """Of `abi.h`. It changes with a meaning that no size shows."""
 PACKED_OC = 16
 """Neighbouring output channels that lie side by side in a packed weight."""
 CONVOLUTION, DEPTHWISE, MAX_POOLING = 0, 1, 2
 """Kinds of `StepStruct`."""
+CLAMP, SILU, HARDSWISH, GELU, GELU_TANH, LEAKY_RELU, ELU = range(7)
+"""Activations."""
 
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -37,7 +39,9 @@ class StepStruct(ctypes.Structure):
         ("open_oc", NUMBER),  # whether its output channels are the open units of the block
         ("open_ic", NUMBER),  # whether its input channels are
         ("compensated", NUMBER),  # whether its bias is the one that stands in for closed units
-        ("lowest", REAL),  # the activation is min(max(x, lowest), highest)
+        ("activation", NUMBER),  # CLAMP or another; CLAMP is min(max(x, lowest), highest)
+        ("parameter", REAL),
+        ("lowest", REAL),
         ("highest", REAL),
     )
 
@@ -57,13 +61,27 @@ class BlockStruct(ctypes.Structure):
         ("adds_input", NUMBER),  # whether the branch is added to the block's input
         ("steps", ctypes.POINTER(StepStruct)),  # (n_steps,)
         ("projection", ctypes.POINTER(StepStruct)),  # (1,), makes the residual of the input
-        ("lowest", REAL),  # the activation of images that skip the branch
+        ("activation", NUMBER),  # of images that skip the branch
+        ("parameter", REAL),
+        ("lowest", REAL),
         ("highest", REAL),
     )
 
 
 CONSTANTS: Mapping[str, int] = MappingProxyType(
-    {"PACKED_OC": PACKED_OC, "CONVOLUTION": CONVOLUTION, "DEPTHWISE": DEPTHWISE, "MAX_POOLING": MAX_POOLING}
+    {
+        "PACKED_OC": PACKED_OC,
+        "CONVOLUTION": CONVOLUTION,
+        "DEPTHWISE": DEPTHWISE,
+        "MAX_POOLING": MAX_POOLING,
+        "CLAMP": CLAMP,
+        "SILU": SILU,
+        "HARDSWISH": HARDSWISH,
+        "GELU": GELU,
+        "GELU_TANH": GELU_TANH,
+        "LEAKY_RELU": LEAKY_RELU,
+        "ELU": ELU,
+    }
 )
 STRUCTS: Mapping[str, type[ctypes.Structure]] = MappingProxyType({"StepStruct": StepStruct, "BlockStruct": BlockStruct})
 
@@ -89,7 +107,7 @@ def pack_weight(weight: Tensor) -> Tensor | None:
 def layout_of(name: str, struct: type[ctypes.Structure]) -> dict[str, tuple[int, ...]]:
     """Describe a struct as the compiled library does.
 
-    Example: `layout_of("StepStruct", StepStruct)` is `{"StepStruct": (104,), "StepStruct.weight": (0, 8), ...}`.
+    Example: `layout_of("StepStruct", StepStruct)` is `{"StepStruct": (120,), "StepStruct.weight": (0, 8), ...}`.
 
     Returns:
         The struct's size by its name; offset and size of each field by "struct.field"; in bytes.

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "abi.h"
 #include "threads.h"
 
 #ifdef __AVX2__
@@ -30,6 +31,8 @@ constexpr int64_t NEAR_WEIGHTS = 5 << 15;  // weights that stay there beside the
 constexpr int64_t PARALLEL = 1 << 14;  // values worth sharing among threads
 
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+
+typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
 void store(float* p, Lanes x) { *reinterpret_cast<Lanes*>(p) = x; }
@@ -108,13 +111,63 @@ struct Scratch {
   }
 };
 
-// The activation: clamp(x) = min(max(x, lowest), highest).
+// exp(x) up to rounding, 0 and infinity but for their size; keeps NaN. x = n * ln 2 + r, and a polynomial is exp(r).
+Lanes exponential(Lanes x) {
+  const Lanes low = -87.f - Lanes{}, high = 88.f - Lanes{}, half = 0.5f - Lanes{};
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const Lanes scaled = x * 1.44269504f;
+  const Ints n = __builtin_convertvector(scaled < Lanes{} ? scaled - half : scaled + half, Ints);
+  const Lanes whole = __builtin_convertvector(n, Lanes);
+  const Lanes r = x - whole * 0.693359375f - whole * -2.12194440e-4f;  // ln 2 in two parts: the first product is exact
+  Lanes sum = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  sum = sum * r + 8.3334519073e-3f;
+  sum = sum * r + 4.1665795894e-2f;
+  sum = sum * r + 1.6666665459e-1f;
+  sum = sum * r + 5.0000001201e-1f;
+  return (sum * r * r + r + 1.f) * (Lanes)((n + 127) << 23);
+}
+
+Lanes sigmoid(Lanes x) { return 1.f / (1.f + exponential(-x)); }
+
+// erf(x) but for 1.5e-7, by Hastings' formula (Abramowitz and Stegun, 7.1.26).
+Lanes error_function(Lanes x) {
+  const Lanes size = x < Lanes{} ? -x : x, t = 1.f / (1.f + 0.3275911f * size);
+  Lanes sum = t * 1.061405429f - 1.453152027f;
+  sum = sum * t + 1.421413741f;
+  sum = sum * t - 0.284496736f;
+  sum = sum * t + 0.254829592f;
+  const Lanes result = 1.f - sum * t * exponential(-size * size);
+  return x < Lanes{} ? -result : result;
+}
+
+// An activation of abi.h.
 struct Bounds {
   float lowest, highest;
+  int64_t activation = CLAMP;
+  float parameter = 0.f;
+
   Lanes clamp(Lanes x) const {  // keeps NaN
+    if (activation != CLAMP) return other(x);
+    return between(x, lowest, highest);
+  }
+
+ private:
+  static Lanes between(Lanes x, float lowest, float highest) {
     const Lanes low = lowest - Lanes{}, high = highest - Lanes{};
     x = x < low ? low : x;
     return x > high ? high : x;
+  }
+
+  __attribute__((noinline)) Lanes other(Lanes x) const {
+    switch (activation) {
+      case SILU: return x * sigmoid(x);
+      case HARDSWISH: return x * between(x + 3.f, 0.f, 6.f) * (1.f / 6);
+      case GELU: return 0.5f * x * (1.f + error_function(x * 0.70710678f));
+      case GELU_TANH: return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+      case LEAKY_RELU: return x > Lanes{} ? x : parameter * x;
+      default: return x > Lanes{} ? x : parameter * (exponential(x) - 1.f);
+    }
   }
 };
 

@@ -64,13 +64,22 @@ struct ImageState {
   std::vector<float> compensated_bias = {};
 };
 
+// The activation of a step, or of a block.
+template <typename Struct>
+Bounds bounds_of(const Struct& it) {
+  return {it.lowest, it.highest, it.activation, it.parameter};
+}
+
 // Ask the gates what an image opens. Return false if it skips the branch; its result is then there.
 bool choose_open(const BlockStruct& block, ImageState& state, int64_t pixels, int64_t n_results, int64_t threads) {
   if (!block.gate_weight) return true;
   const std::vector<float> logits = logits_of(block, state.image, pixels, threads);
   if (block.has_block && logits[0] <= 0.f) {
-    for (int64_t i = 0; i < n_results; ++i)
-      state.out[i] = std::min(std::max(state.residual[i], block.lowest), block.highest);
+    const Bounds bounds = bounds_of(block);
+    for (int64_t i = 0; i < n_results; i += LANES) {
+      const int64_t count = std::min<int64_t>(LANES, n_results - i);
+      store(state.out + i, bounds.clamp(load(state.residual + i, count)), count);
+    }
     return false;
   }
   const float* unit_logits = logits.data() + block.has_block;
@@ -126,7 +135,7 @@ struct Operands {
 
 // Run a step for images of one size.
 void run_step(const StepStruct& step, const std::vector<Operands>& all, const Layout& layout, int64_t threads) {
-  const Bounds bounds = {step.lowest, step.highest};
+  const Bounds bounds = bounds_of(step);
   std::vector<Convolution> convolutions;
   std::vector<NarrowConvolution> narrow;
   for (const Operands& it : all)
@@ -157,10 +166,10 @@ void run_pair(const StepStruct& first, const Operands& from, const Layout& layou
     const int64_t begin = i * group, n_out = std::min(group, from.n_out - begin);
     float* map = kept.need(n_out * layout.pixels);
     Convolution{from.image, first.weight, from.bias, from.oc + begin, from.ic, nullptr, map, from.n_in, n_out,
-                first.ic_total, layout, {first.lowest, first.highest}}
+                first.ic_total, layout, bounds_of(first)}
         .run(1);
     DepthwiseConvolution{map, second.weight, to.bias, to.oc + begin, to.out + begin * second_layout.pixels, n_out,
-                         second_layout, {second.lowest, second.highest}}
+                         second_layout, bounds_of(second)}
         .run(1);
   });
 }
@@ -284,6 +293,13 @@ constexpr AbiEntry ABI[] = {
     {"CONVOLUTION", CONVOLUTION, 0},
     {"DEPTHWISE", DEPTHWISE, 0},
     {"MAX_POOLING", MAX_POOLING, 0},
+    {"CLAMP", CLAMP, 0},
+    {"SILU", SILU, 0},
+    {"HARDSWISH", HARDSWISH, 0},
+    {"GELU", GELU, 0},
+    {"GELU_TANH", GELU_TANH, 0},
+    {"LEAKY_RELU", LEAKY_RELU, 0},
+    {"ELU", ELU, 0},
     {"StepStruct", sizeof(StepStruct), 0},
     FIELD(StepStruct, weight),
     FIELD(StepStruct, bias),
@@ -297,6 +313,8 @@ constexpr AbiEntry ABI[] = {
     FIELD(StepStruct, open_oc),
     FIELD(StepStruct, open_ic),
     FIELD(StepStruct, compensated),
+    FIELD(StepStruct, activation),
+    FIELD(StepStruct, parameter),
     FIELD(StepStruct, lowest),
     FIELD(StepStruct, highest),
     {"BlockStruct", sizeof(BlockStruct), 0},
@@ -311,6 +329,8 @@ constexpr AbiEntry ABI[] = {
     FIELD(BlockStruct, adds_input),
     FIELD(BlockStruct, steps),
     FIELD(BlockStruct, projection),
+    FIELD(BlockStruct, activation),
+    FIELD(BlockStruct, parameter),
     FIELD(BlockStruct, lowest),
     FIELD(BlockStruct, highest),
 };

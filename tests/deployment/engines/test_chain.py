@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from deployed import in_our_kernels, running_on, same
 from torch import fx, nn
 
 import gatefit
+from gatefit.deployment.engines.activation import kernel_activation
 from gatefit.deployment.engines.chain import ChainBlock, ChainBlocks
 from gatefit.deployment.engines.join import join_chains
 from gatefit.deployment.engines.native_network import gathered_network
@@ -48,7 +50,7 @@ def _check_narrow(network, channels, height, width, threads, batches=(1, 5)):
     torch.manual_seed(0)
     gated = gatefit.retrofit(network, torch.zeros(2, channels, 8, 8), "lc", "step", compensation=True).eval()
     [gate] = gates_of(gated).values()
-    torch.nn.init.normal_(gate.channel.weight, std=3.0)
+    nn.init.normal_(gate.channel.weight, std=3.0)
     blocks = ChainBlocks([ChainBlock(gated, gate, region_of(gated, gate), BlockPlan(gate.of.name, True, None))])
     with torch.no_grad(), running_on(threads):
         for batch in batches:
@@ -169,3 +171,72 @@ def test_gates_that_never_close_are_not_asked():
     x = torch.randn(3, 32, 16, 16)
     with torch.no_grad():
         assert same(ChainBlocks([ChainBlock(gated, gate, region_of(gated, gate), block_plan)])(x, x), gated(x))
+
+
+class LeakyByFunction(nn.Module):
+    def forward(self, x):
+        return F.leaky_relu(x, 0.2, True)
+
+
+class TanhGelu(nn.Module):
+    def forward(self, x):
+        return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+    "gelu": nn.GELU,
+    "gelu by tanh": TanhGelu,
+    "leaky": lambda: nn.LeakyReLU(0.3),
+    "leaky by function": LeakyByFunction,
+    "elu": lambda: nn.ELU(0.5),
+    "hardtanh": lambda: nn.Hardtanh(-0.5, 2.0),
+}
+
+
+class Activated(nn.Module):
+    """Two blocks with an activation in the branch and behind the sum, and a stem with one."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.second = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.head = nn.Linear(8, 10)
+        self.acts = nn.ModuleList(make() for _ in range(6))
+
+    def forward(self, x):
+        x = self.acts[0](self.stem(x))
+        x = self.acts[2](x + self.first[1](self.acts[1](self.first[0](x))))
+        x = self.acts[4](x + self.second[1](self.acts[3](self.second[0](x))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_networks_with_any_common_activation_run_in_one_call(name, monkeypatch):
+    monkeypatch.setattr("gatefit.deployment.engines.segments.has_onnx", lambda: False)
+    gated, x, _, deployed = in_our_kernels(lambda: Activated(ACTIVATIONS[name]).eval(), 3, 6, 8)
+    chains = [m for m in deployed.modules() if isinstance(m, ChainBlocks)]
+    assert [len(chain.blocks) for chain in chains] == [3]
+    graphs = [m for m in deployed.modules() if isinstance(m, fx.GraphModule)]
+    assert not any(kernel_activation(g, node) for g in graphs for node in g.graph.nodes)
+    with torch.no_grad():
+        for batch in (x, torch.randn(3, 3, 9, 5)):
+            assert same(deployed(batch), gated(batch))
+        assert same(copy.deepcopy(deployed)(x), gated(x))
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("twice", [lambda x: F.silu(F.silu(x)), lambda x: torch.relu(x.clamp(-1, 1))])
+def test_two_activations_in_a_row_are_not_taken_for_one(twice, monkeypatch):
+    class Twice(nn.Module):
+        def forward(self, x):
+            return twice(x)
+
+    monkeypatch.setattr("gatefit.deployment.engines.segments.has_onnx", lambda: False)
+    gated, x, _, deployed = in_our_kernels(lambda: Activated(Twice).eval(), 3, 6, 8)
+    with torch.no_grad():
+        assert same(deployed(x), gated(x))

@@ -1,10 +1,22 @@
 """The formulas of abi.h, value by value in float64: what the compiled kernels are compared with."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from gatefit.deployment.kernels.abi import CONVOLUTION, DEPTHWISE, MAX_POOLING
+from gatefit.deployment.kernels.abi import (
+    CLAMP,
+    CONVOLUTION,
+    DEPTHWISE,
+    ELU,
+    GELU,
+    GELU_TANH,
+    HARDSWISH,
+    LEAKY_RELU,
+    MAX_POOLING,
+    SILU,
+)
 
 UNBOUNDED = (-np.inf, np.inf)
 
@@ -67,7 +79,23 @@ def windows(image, kernel, stride, padding, border):
 
 
 def clamp(value, bounds):
-    return min(max(value, bounds[0]), bounds[1])
+    """`bounds` are the lowest and the highest value, and for another activation than CLAMP its code and parameter."""
+    lowest, highest, *more = bounds
+    activation, parameter = more or (CLAMP, 0.0)
+    if activation == CLAMP:
+        return min(max(value, lowest), highest)
+    if activation == SILU:
+        return value / (1 + math.exp(-value))
+    if activation == HARDSWISH:
+        return value * min(max(value + 3, 0), 6) / 6
+    if activation == GELU:
+        return value * (1 + math.erf(value / math.sqrt(2))) / 2
+    if activation == GELU_TANH:
+        return value * (1 + math.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3))) / 2
+    if value > 0:
+        return value
+    assert activation in (LEAKY_RELU, ELU)
+    return parameter * (value if activation == LEAKY_RELU else math.exp(value) - 1)
 
 
 def empty(image, channels, kernel, stride, padding):

@@ -33,9 +33,9 @@ class Renamed(ctypes.Structure):
 @pytest.mark.parametrize(
     ("name", "struct", "message"),
     [
-        ("StepStruct", Longer, r"StepStruct has 104 bytes in C\+\+ and 112 bytes in abi\.py$"),
-        ("BlockStruct", Swapped, r"BlockStruct\.highest is at byte 92 with 4 bytes in C\+\+ and at byte 88"),
-        ("BlockStruct", Renamed, r"BlockStruct\.above is missing in C\+\+ and at byte 92"),
+        ("StepStruct", Longer, r"StepStruct has 120 bytes in C\+\+ and 128 bytes in abi\.py$"),
+        ("BlockStruct", Swapped, r"BlockStruct\.highest is at byte 104 with 4 bytes in C\+\+ and at byte 100"),
+        ("BlockStruct", Renamed, r"BlockStruct\.above is missing in C\+\+ and at byte 104"),
     ],
 )
 def test_structs_that_differ_are_refused(name, struct, message, monkeypatch):

@@ -1,5 +1,7 @@
 """Each exported kernel against its formula, called as abi.h says; it must not touch the memory around its result."""
 
+from dataclasses import replace
+
 import kernel_reference as reference
 import numpy as np
 import pytest
@@ -7,10 +9,17 @@ import torch
 from kernel_reference import UNBOUNDED, Block, Step
 
 from gatefit.deployment.kernels.abi import (
+    CLAMP,
     CONVOLUTION,
     DEPTHWISE,
+    ELU,
+    GELU,
+    GELU_TANH,
+    HARDSWISH,
+    LEAKY_RELU,
     MAX_POOLING,
     PACKED_OC,
+    SILU,
     BlockStruct,
     StepStruct,
     pack_weight,
@@ -19,7 +28,7 @@ from gatefit.deployment.kernels.native import kernels, processor
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
 
-RELU, RELU6 = (0.0, np.inf), (0.0, 6.0)
+RELU, RELU6, SWISH = (0.0, np.inf), (0.0, 6.0), (*UNBOUNDED, SILU, 0.0)
 GUARD = 64
 """Values before and behind a result."""
 
@@ -209,7 +218,35 @@ def always_open(random):
     return Block(6, [conv(random, 8, 6, 3, bounds=RELU), conv(random, 6, 8, 1, bounds=RELU)], adds_input=True)
 
 
+def activated(random, kind, parameter=0.0):
+    """Every place that an activation stands at: in a pair, narrow and wide, behind the sum, and where it is skipped."""
+    bounds = (*UNBOUNDED, kind, parameter)
+    pair = inverted(random)
+    pair.steps[:] = [replace(step, bounds=bounds) for step in pair.steps]
+    wide = basic(random, 6, 8)
+    wide.steps[:] = [replace(step, bounds=bounds) for step in wide.steps]
+    first = Block(6, [conv(random, 6, 6, 3, bounds=bounds)])
+    return [replace(pair, bounds=bounds), first, replace(wide, bounds=bounds)]
+
+
+ACTIVATIONS = {
+    "SiLU": (SILU, 0.0),
+    "Hardswish": (HARDSWISH, 0.0),
+    "GELU": (GELU, 0.0),
+    "GELU by tanh": (GELU_TANH, 0.0),
+    "LeakyReLU": (LEAKY_RELU, 0.2),
+    "ELU": (ELU, 0.7),
+}
+
 BLOCKS = {
+    **{name: (lambda r, how=how: activated(r, *how), (6, 9, 7)) for name, how in ACTIVATIONS.items()},
+    "SiLU, packed": (
+        lambda r: [
+            replace(block, bounds=SWISH, steps=[replace(s, bounds=SWISH) for s in block.steps])
+            for block in [basic(r, 32, 24)]
+        ],
+        (32, 4, 4),
+    ),
     "basic": (lambda r: [basic(r, 5, 12)], (5, 6, 9)),
     "no block gate": (lambda r: [basic(r, 5, 12, has_block=False)], (5, 6, 9)),
     "no compensation": (lambda r: [basic(r, 5, 12, compensated=False)], (5, 6, 9)),
@@ -226,6 +263,12 @@ BLOCKS = {
     "large and packed": (lambda r: [basic(r, 352, 352, has_block=False)], (352, 4, 4)),
 }
 """By name: what makes blocks of a random generator, and the shape of their images."""
+
+
+def activation(bounds):
+    """The fields of an activation, in their order."""
+    lowest, highest, *more = bounds
+    return (*(more or (CLAMP, 0.0)), lowest, highest)
 
 
 class Described:
@@ -249,7 +292,7 @@ class Described:
         counts = (block.channels, block.has_block, block.n_units, len(steps), block.adds_input)
         projection = None if block.projection is None else (StepStruct * 1)(self.step(block.projection, 0))
         self.memory.append(projection)
-        return BlockStruct(*map(address, arrays), *counts, steps, projection, *block.bounds)
+        return BlockStruct(*map(address, arrays), *counts, steps, projection, *activation(block.bounds))
 
     def step(self, step, width):
         packed = None
@@ -259,7 +302,40 @@ class Described:
             self.memory.append(packed)
         sizes = (step.oc_total, step.ic_total, step.kernel, step.stride, step.padding, step.kind)
         marks = (step.open_oc, step.open_ic, step.compensated)
-        return StepStruct(*map(address, (step.weight, step.bias, packed)), *sizes, *marks, *step.bounds)
+        return StepStruct(*map(address, (step.weight, step.bias, packed)), *sizes, *marks, *activation(step.bounds))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_over_all_numbers(name):
+    """A convolution 1 x 1 with the weight 1 gives back what its activation makes of each value."""
+    bounds = (*UNBOUNDED, *ACTIVATIONS[name])
+    values = np.concatenate([np.linspace(-20, 20, 4001), [-1e4, -90.0, -1e-6, 0.0, 1e-6, 90.0, 1e4]])
+    images = values.astype(np.float32).reshape(1, 1, 1, -1)
+    step = Step(CONVOLUTION, 1, 1, 0, 1, 1, np.ones((1, 1, 1, 1), np.float32), bounds=bounds)
+    described = Described([Block(1, [step])], images.shape[3])
+    out = np.empty_like(images)
+    kernels().blocks(described.blocks, 1, address(images), None, address(out), 1, *images.shape[2:], 1)
+    with np.errstate(over="ignore"):
+        expected = [_exact(float(value), bounds) for value in images.ravel()]
+    np.testing.assert_allclose(out.ravel(), expected, rtol=2e-6, atol=1e-6)
+
+
+def _exact(value, bounds):
+    try:
+        return reference.clamp(value, bounds)
+    except OverflowError:  # exp of a large number below 1 / it
+        return 0.0
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_keep_nan(name):
+    images = np.full((1, 1, 1, 5), np.nan, np.float32)
+    bounds = (*UNBOUNDED, *ACTIVATIONS[name])
+    step = Step(CONVOLUTION, 1, 1, 0, 1, 1, np.ones((1, 1, 1, 1), np.float32), bounds=bounds)
+    described = Described([Block(1, [step])], 5)
+    out = np.zeros_like(images)
+    kernels().blocks(described.blocks, 1, address(images), None, address(out), 1, 1, 5, 1)
+    assert np.isnan(out).all()
 
 
 @pytest.mark.parametrize("name", BLOCKS)
