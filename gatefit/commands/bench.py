@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from gatefit.commands.opened import open_folder
 from gatefit.deployment.bench.timing import Row, Timing, bench
 from gatefit.deployment.bench.what_if import keep_open, set_share
+from gatefit.deployment.clock import second_run_ms
 from gatefit.deployment.deploy import make_deployed
 from gatefit.deployment.engines.onnx import OnnxNetwork, has_onnx
 from gatefit.deployment.engines.pytorch import Run
@@ -52,7 +53,10 @@ def run_bench(
         elif what_if is None:
             raise DeployError(f"'{network}' is no folder; a model that is not converted needs --what-if SHARE")
         else:
-            original, gated, images = _what_if(network, what_if)
+            original, gated, images = _what_if(network, what_if, on_progress)
+        with torch.no_grad():
+            first = second_run_ms(original, images[:1])
+        on_progress(Progress("bench", message=f"an image: original, PyTorch as it is: {first:.2f} ms at first"))
         on_progress(Progress("bench", message="writing the network with gates as an ONNX file"))
         # Written ahead: what exporting leaves in memory is not the network's.
         file = make_deployed(gated, images, "onnx", compared=False).model if has_onnx() else None
@@ -78,12 +82,13 @@ def _folder(folder: Path, data: str) -> tuple[nn.Module, fx.GraphModule, Tensor]
     return opened.original, opened.gated, some_images(opened.data.train, info_of(opened.gated).input, IMAGES)
 
 
-def _what_if(name: str, share: float) -> tuple[nn.Module, fx.GraphModule, Tensor]:
+def _what_if(name: str, share: float, on_progress: OnProgress = silent) -> tuple[nn.Module, fx.GraphModule, Tensor]:
     if not 0 < share <= 1:
         raise DeployError(f"--what-if must lie between 0 and 1, not {share}")
     torch.manual_seed(0)
     model = build(parse_reference(name)).eval()
     shape = input_spec(model).shape
+    on_progress(Progress("bench", message=f"inserting gates that leave {share:.0%} of the MACs, at random"))
     gated = retrofit(model, torch.zeros(2, *shape), "lc", "step").eval()
     # Noise with a colour of its own for each image: without it all images look alike once they are pooled.
     images = torch.randn(IMAGES, *shape) + torch.randn(IMAGES, shape[0], 1, 1)
