@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gatefit.commands.opened import open_folder
 from gatefit.deployment.bench.timing import Row, Timing, bench
@@ -56,14 +56,14 @@ def run_bench(
         torch.set_num_threads(before)
 
 
-def _folder(folder: Path, data: str) -> tuple[nn.Module, fx.GraphModule, Tensor]:
+def _folder(folder: Path, data: str) -> tuple[nn.Module, nn.Module, Tensor]:
     opened = open_folder(folder, data)
     if opened.original is None:
         raise DeployError(f"{folder} does not hold the original network to compare with")
     return opened.original, opened.gated, some_images(opened.data.train, info_of(opened.gated).input, IMAGES)
 
 
-def _what_if(name: str, share: float) -> tuple[nn.Module, fx.GraphModule, Tensor]:
+def _what_if(name: str, share: float) -> tuple[nn.Module, nn.Module, Tensor]:
     if not 0 < share <= 1:
         raise DeployError(f"--what-if must lie between 0 and 1, not {share}")
     torch.manual_seed(0)

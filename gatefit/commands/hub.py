@@ -10,7 +10,7 @@ from pathlib import Path
 
 import timm
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
-from torch import fx, nn
+from torch import nn
 
 from gatefit.commands.figures import kept_figures
 from gatefit.errors import CheckpointError
@@ -32,7 +32,7 @@ _UNTRUSTED = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "p
 
 
 def save_pretrained(
-    gated: fx.GraphModule,
+    gated: nn.Module,
     folder: str | Path,
     evaluation: Evaluation | None = None,
     classes: Sequence[str] | None = None,
@@ -55,7 +55,7 @@ def save_pretrained(
 
 def from_pretrained(
     folder_or_repo: str | Path, model: nn.Module | None = None, *, revision: str | None = None
-) -> fx.GraphModule:
+) -> nn.Module:
     """Read a gated network from a folder, or from a repository of the Hugging Face Hub, in eval mode.
 
     What is a folder here is read without the network; only another name, "user/name", is looked up on the Hub. Every
@@ -84,7 +84,7 @@ def from_pretrained(
 
 
 def push_to_hub(
-    source: fx.GraphModule | str | Path, repo_id: str, *, private: bool = False, token: str | None = None
+    source: nn.Module | str | Path, repo_id: str, *, private: bool = False, token: str | None = None
 ) -> str:
     """Push a gated network to a repository of the Hugging Face Hub, which is made where it is missing.
 
@@ -102,7 +102,7 @@ def push_to_hub(
     Raises:
         CheckpointError: the folder is not one that gatefit wrote, or the Hub cannot be reached or refuses.
     """
-    if isinstance(source, fx.GraphModule):
+    if isinstance(source, nn.Module):
         with tempfile.TemporaryDirectory() as temporary:
             save(source, temporary)
             return _push(Path(temporary), repo_id, private, token)

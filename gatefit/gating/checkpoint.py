@@ -1,5 +1,6 @@
 """Save and load a gated network: safetensors weights and a config.json that says how to build it."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,14 +13,15 @@ from torch import Tensor, fx, nn
 from gatefit.errors import CheckpointError, GatefitError, first_line
 from gatefit.files import digest, read_tensors, relative_to, write_tensors
 from gatefit.folder import CONFIG, ORIGINAL, WEIGHTS, Config, Figures, read_config, write_config
-from gatefit.gating.gates import PREFIX, Gate, gates_of
+from gatefit.gating.gates import PREFIX, Gate, gates_of, is_gate_key
 from gatefit.gating.info import info_of, set_info
 from gatefit.gating.insert import rewrite
+from gatefit.graph.partial import parts_of
 from gatefit.inputs.models import InputSpec, ModelReference, build, from_registry, load_weights
 
 
 def save(
-    gated: fx.GraphModule, folder: str | Path, *, classes: Sequence[str] | None = None, figures: Figures | None = None
+    gated: nn.Module, folder: str | Path, *, classes: Sequence[str] | None = None, figures: Figures | None = None
 ) -> None:
     """Write a gated network into `folder` as `model.safetensors` and `config.json`.
 
@@ -57,7 +59,7 @@ def save(
     write_config(folder, config)
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule:
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Read a gated network that `save` wrote, in eval mode; its outputs are the same to the bit.
 
     Args:
@@ -84,7 +86,12 @@ def load(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule:
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.input.items()}
         spec = InputSpec(**given)
         example = torch.zeros(2, *spec.shape)
-        gated = rewrite(model.eval(), example, part["gates"], part["form"], part["compensation"])
+        # The values of the original decide which way some networks go, and so which of their parts can be traced.
+        model = copy.deepcopy(model).eval()
+        shapes = {k: v.shape for k, v in model.state_dict().items()}
+        fitting = {k: v for k, v in tensors.items() if not is_gate_key(k) and v.shape == shapes.get(k)}
+        model.load_state_dict(fitting, strict=False)
+        gated = rewrite(model, example, part["gates"], part["form"], part["compensation"])
         if _blocks(gated) != part["blocks"]:
             raise CheckpointError(f"{folder}: its gates do not fit the network that {CONFIG} names")
         architecture = _architecture(gated) if config.format > 1 else _architecture_of_format_1(gated)
@@ -166,15 +173,24 @@ def _need_file(reference: ModelReference, folder: Path) -> None:
         )
 
 
-def _blocks(gated: fx.GraphModule) -> list[dict[str, Any]]:
+def _blocks(gated: nn.Module) -> list[dict[str, Any]]:
     return [{"name": n, "features": g.of.features, "units": g.of.units} for n, g in gates_of(gated).items()]
 
 
-def _architecture(gated: fx.GraphModule) -> str:
+def _architecture(gated: nn.Module) -> str:
     """Digest of what is computed: each node's function or module with its settings, and what it reads.
 
     Nodes are counted, not named, and gates are described by `blocks`: what a later version calls them does not count.
     """
+    lines = []
+    for path, part in parts_of(gated).items():
+        lines += [f"part {path}"] if path else []
+        lines += _node_lines(part)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _node_lines(gated: fx.GraphModule) -> list[str]:
+    """Write each node of a graph as `_architecture` takes it."""
     numbers = {node: i for i, node in enumerate(gated.graph.nodes)}
     lines = []
     for node in gated.graph.nodes:
@@ -186,11 +202,13 @@ def _architecture(gated: fx.GraphModule) -> str:
             home = str(getattr(what, "__module__", ""))
             what = f"{'gatefit' if home.startswith('gatefit.') else home}.{getattr(what, '__name__', '')}"
         lines.append(f"{node.op} {what} {fx.map_arg((node.args, node.kwargs), lambda n: f'#{numbers[n]}')}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return lines
 
 
-def _architecture_of_format_1(gated: fx.GraphModule) -> str:
+def _architecture_of_format_1(gated: nn.Module) -> str:
     """Compute the digest that format 1 kept, which hung on the names of its time."""
+    if not isinstance(gated, fx.GraphModule):
+        return ""  # format 1 had whole graphs alone
     text = f"{gated.code}{gated}"
     for now, then in (
         ("gatefit_graph_ops_", "gatefit_gates_"),

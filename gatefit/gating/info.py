@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import fx
+from torch import fx, nn
 
 from gatefit.errors import GatefitError
 from gatefit.gating.gates import GateForm
@@ -30,18 +30,24 @@ class GatedInfo:
     """What the proof of the conversion checked; None: it was not run (the network was loaded)."""
 
 
-def info_of(gated: fx.GraphModule) -> GatedInfo:
+def info_of(gated: nn.Module) -> GatedInfo:
     """Return the record of a gated network.
 
     Raises:
         GatefitError: `retrofit` or `load` did not make the network.
     """
-    info = getattr(gated, "meta", {}).get(_KEY)
+    info = getattr(gated, _notes(gated), {}).get(_KEY)
     if not isinstance(info, GatedInfo):
         raise GatefitError("this network has no gates; call gatefit.retrofit(model) first")
     return info
 
 
-def set_info(gated: fx.GraphModule, info: GatedInfo | None = None, **changes: Any) -> None:
+def set_info(gated: nn.Module, info: GatedInfo | None = None, **changes: Any) -> None:
     """Give a gated network its record, or change fields of the one that it has."""
-    gated.meta[_KEY] = info if info is not None else replace(info_of(gated), **changes)
+    record = info if info is not None else replace(info_of(gated), **changes)
+    setattr(gated, _notes(gated), {**getattr(gated, _notes(gated), {}), _KEY: record})
+
+
+def _notes(gated: nn.Module) -> str:
+    """Name the attribute that keeps the record: a graph's own, or one that no network of another kind has."""
+    return "meta" if isinstance(gated, fx.GraphModule) else "_gatefit_notes"

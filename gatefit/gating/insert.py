@@ -1,19 +1,22 @@
 """Retrofit: rewrite a traced network so that every block runs under its gates."""
 
+import copy
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError, RecipeError
-from gatefit.gating.gates import PREFIX, Gate, GateForm, GateResult
+from gatefit.gating.gates import PREFIX, Gate, GateForm, GateResult, forget_outputs
 from gatefit.gating.info import GatedInfo, GateKinds, set_info
 from gatefit.gating.verify import verify
 from gatefit.graph.blocks import FoundBlocks, ResidualBlock, match_blocks
 from gatefit.graph.channels import with_channel_units
 from gatefit.graph.edit import insert_behind
 from gatefit.graph.ops import add_compensation, harden, scale
+from gatefit.graph.partial import TracedPart, blocks_of, put_part, trace_parts
 from gatefit.graph.trace import trace
 from gatefit.inputs.models import input_spec, recognise
 from gatefit.renamed import renamed_argument
@@ -23,7 +26,7 @@ def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
     """Find every residual block of a network and what its gates would control.
 
     Args:
-        model: a network that torch.fx can trace; untouched.
+        model: a network that torch.fx can trace, or that holds submodules which it can trace; untouched.
         example: an input (B, C, H, W). By default of the size that the network's own
             `pretrained_cfg` (timm) names, else (2, 3, 224, 224).
 
@@ -33,7 +36,7 @@ def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
     Raises:
         ConversionError: the network cannot be traced or does not take the example.
     """
-    return _find(model, default_example(model) if example is None else example)[1]
+    return _analyse(model, default_example(model) if example is None else example)[1]
 
 
 @renamed_argument("fill", "compensation")
@@ -43,7 +46,7 @@ def retrofit(
     gates: GateKinds = "lc",
     form: GateForm = "relu1",
     compensation: bool = False,
-) -> fx.GraphModule:
+) -> nn.Module:
     """Return a copy of a network with a block gate and a channel gate retrofitted on each residual block.
 
     The copy computes the same function until the gates are trained. It keeps the original state-dict keys;
@@ -72,28 +75,31 @@ def retrofit(
 
 def rewrite(
     model: nn.Module, example: Tensor, gates: GateKinds = "lc", form: GateForm = "relu1", compensation: bool = False
-) -> fx.GraphModule:
-    """Retrofit without the check: for a network whose conversion was checked before."""
+) -> nn.Module:
+    """`retrofit` without the check: for a network whose conversion was checked before."""
     if gates not in ("lc", "l", "c"):
         raise RecipeError(f"gates must be 'lc', 'l' or 'c', not {gates!r}")
     if form not in ("relu1", "step"):
         raise RecipeError(f"form must be 'relu1' or 'step', not {form!r}")
-    traced, found = _find(model, example)
+    traced, found = _analyse(model, example)
     chosen = [b for b in found.blocks if "l" in gates or b.units]
     if not chosen:
         raise ConversionError(no_block_message(type(model).__name__, found))
-    nodes = {node.name: node for node in traced.graph.nodes}
-    traced.add_module(PREFIX, nn.Module())
-    inserted = [_insert_gate(traced, nodes, block, Gate(block, gates, form, compensation)) for block in chosen]
-    for block, parts in zip(chosen, inserted, strict=True):
-        _insert_compensation(traced.graph, nodes, block, parts.compensation)
-        _insert_masks(traced.graph, nodes, block, parts.channel)
-        _insert_skip(traced.graph, nodes, block, parts.block)
-    traced.graph.lint()
-    traced.recompile()
+    fresh = {block.name: Gate(block, gates, form, compensation) for block in chosen}
+    if isinstance(traced, fx.GraphModule):
+        _insert_gates(traced, list(fresh.values()))
+        gated: nn.Module = traced
+    else:
+        gated = copy.deepcopy(model)
+        for part in traced:
+            inside = [fresh[block.name] for block in part.found.blocks if block.name in fresh]
+            if inside:
+                _insert_gates(part.traced, inside)
+                put_part(gated, part)
+        gated.register_forward_pre_hook(forget_outputs)
     spec = replace(input_spec(model), shape=_image_shape(example))
-    set_info(traced, GatedInfo(gates, form, compensation, spec))
-    return traced
+    set_info(gated, GatedInfo(gates, form, compensation, spec))
+    return gated
 
 
 def no_block_message(model: str, found: FoundBlocks) -> str:
@@ -124,13 +130,31 @@ def _random_like(model: nn.Module, example: Tensor) -> Tensor:
     return image.to(parameter.device, parameter.dtype)
 
 
-def _find(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoundBlocks]:
+def _analyse(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule | list[TracedPart], FoundBlocks]:
+    """Trace a network, or where that fails the largest parts of it, and find the blocks."""
     if next(model.parameters(), None) is None:
         raise ConversionError(f"{type(model).__name__} has no parameters; pass a trained network")
-    if hasattr(model, PREFIX):
+    if any(name == PREFIX or name.endswith(f".{PREFIX}") for name, _ in model.named_modules()):
         raise ConversionError(f"the network has a part named '{PREFIX}' already; is it converted?")
-    traced = trace(model, example)
-    return traced, with_channel_units(traced, match_blocks(traced))
+    try:
+        traced = trace(model, example)
+        return traced, with_channel_units(traced, match_blocks(traced))
+    except ConversionError as error:
+        parts = _parts(model, example, error)
+    return parts, blocks_of(parts, model, _random_like(model, example))
+
+
+def _parts(model: nn.Module, example: Tensor, reason: ConversionError) -> list[TracedPart]:
+    """Trace the parts of a network that cannot be traced as a whole for that reason."""
+    if any(p.is_meta for p in model.parameters()):
+        raise reason  # to see what its parts are given it would have to run
+    try:
+        parts = trace_parts(model, example)
+    except ConversionError as error:
+        raise ConversionError(f"{reason}; {error}") from error
+    if not parts:
+        raise ConversionError(f"{reason}; nor has any part of it that can be traced a residual block") from reason
+    return parts
 
 
 @dataclass(frozen=True)
@@ -140,6 +164,19 @@ class _GateNodes:
     block: fx.Node | None
     channel: fx.Node | None
     compensation: fx.Node | None
+
+
+def _insert_gates(traced: fx.GraphModule, gates: Sequence[Gate]) -> None:
+    """Rewrite a traced network so that its blocks run under their gates."""
+    nodes = {node.name: node for node in traced.graph.nodes}
+    traced.add_module(PREFIX, nn.Module())
+    inserted = [_insert_gate(traced, nodes, gate.of, gate) for gate in gates]
+    for gate, parts in zip(gates, inserted, strict=True):
+        _insert_compensation(traced.graph, nodes, gate.of, parts.compensation)
+        _insert_masks(traced.graph, nodes, gate.of, parts.channel)
+        _insert_skip(traced.graph, nodes, gate.of, parts.block)
+    traced.graph.lint()
+    traced.recompile()
 
 
 def _insert_gate(traced: fx.GraphModule, nodes: dict[str, fx.Node], block: ResidualBlock, gate: Gate) -> _GateNodes:

@@ -7,6 +7,7 @@ information, and no labels of a data set are needed.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +16,7 @@ from gatefit.errors import TrainingError
 from gatefit.gating.gates import Gate, GateResult, gates_of
 from gatefit.gating.info import info_of
 from gatefit.graph.ops import harden, scale
+from gatefit.graph.partial import traced_forwards
 from gatefit.inputs.data import ImageSet, normalise
 from gatefit.inputs.loader import loader
 from gatefit.progress import OnProgress, Progress, silent
@@ -60,7 +62,7 @@ class Measures:
 
 
 def measure(
-    gated: fx.GraphModule,
+    gated: nn.Module,
     images: ImageSet,
     batches: list[list[int]],
     generator: torch.Generator,
@@ -113,7 +115,7 @@ def _joined(parts: list[BlockMeasures]) -> BlockMeasures:
 
 
 @torch.no_grad()
-def block_damage(gated: fx.GraphModule, images: ImageSet, chosen: Tensor, batch: int) -> dict[str, float]:
+def block_damage(gated: nn.Module, images: ImageSet, chosen: Tensor, batch: int) -> dict[str, float]:
     """Measure the damage of skipping each block that has a block gate.
 
     Args:
@@ -152,11 +154,11 @@ def _forced(name: str, salience: float, gate: Gate, x: Tensor) -> GateResult:
     return result._replace(block=torch.full_like(result.block, salience))
 
 
-class Probe(fx.Interpreter):
+class Probe:
     """Runs a gated network with saliences that record gradients, and notes what they multiply."""
 
-    def __init__(self, gated: fx.GraphModule, forward: GateForward = Gate.__call__) -> None:
-        super().__init__(gated)
+    def __init__(self, gated: nn.Module, forward: GateForward = Gate.__call__) -> None:
+        self.gated = gated
         self.forward = forward
         self.saliences: dict[str, GateResult] = {}
         """By block: leaves of the autograd graph."""
@@ -177,6 +179,27 @@ class Probe(fx.Interpreter):
             )
             yield name, BlockMeasures(self.pooled[name], block, channel, self.means.get(name))
 
+    def run(self, x: Tensor) -> Any:
+        """Run the network on images, (B, C, H, W), once; return what it returns."""
+        if isinstance(self.gated, fx.GraphModule):
+            return _ProbedPart(self.gated, self).run(x)
+        forwards = traced_forwards(self.gated).values()
+        try:
+            for forward in forwards:
+                forward.instead = _ProbedPart(forward.view(), self).run
+            return self.gated(x)
+        finally:
+            for forward in forwards:
+                forward.instead = None
+
+
+class _ProbedPart(fx.Interpreter):
+    """Runs a traced network for a probe, and notes there what it sees."""
+
+    def __init__(self, traced: fx.GraphModule, probe: Probe) -> None:
+        super().__init__(traced)
+        self.probe = probe
+
     def run_node(self, n: fx.Node) -> object:
         """Run a node; a gate gives saliences that record gradients, a product with one is noted."""
         if n.op == "call_module" and isinstance(gate := self.fetch_attr(str(n.target)), Gate):
@@ -192,18 +215,18 @@ class Probe(fx.Interpreter):
         source, index = salience.args
         assert isinstance(source, fx.Node) and isinstance(index, int)
         name, level = self.fetch_attr(str(source.target)).of.name, GateResult._fields[index]
-        self.activations[name, level] = _mean(value.detach().abs(), given, axis, per_unit)
+        self.probe.activations[name, level] = _mean(value.detach().abs(), given, axis, per_unit)
         if level == "channel":
-            self.means[name] = _mean(value.detach(), given, axis, per_unit)
+            self.probe.means[name] = _mean(value.detach(), given, axis, per_unit)
 
     def _run_gate(self, gate: Gate, x: Tensor) -> GateResult:
         name = gate.of.name
-        self.pooled[name] = gate.pool(x).detach()
+        self.probe.pooled[name] = gate.pool(x).detach()
         with torch.no_grad():
-            result = self.forward(gate, x)
+            result = self.probe.forward(gate, x)
         block, channel = (None if s is None else s.clone().requires_grad_() for s in (result.block, result.channel))
-        self.saliences[name] = GateResult(block, channel, result.compensation)
-        return self.saliences[name]
+        self.probe.saliences[name] = GateResult(block, channel, result.compensation)
+        return self.probe.saliences[name]
 
 
 def _mean(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tensor:

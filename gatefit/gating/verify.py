@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from gatefit.errors import ConversionError
 from gatefit.gating.gates import Gate, gates_of
+from gatefit.graph.partial import parts_of, same_kernels
 from gatefit.graph.trace import call_counts
 
 
@@ -27,7 +28,7 @@ class Verification:
 
 
 @torch.no_grad()
-def verify(model: nn.Module, gated: fx.GraphModule, image: Tensor, seed: int = 0) -> Verification:
+def verify(model: nn.Module, gated: nn.Module, image: Tensor, seed: int = 0) -> Verification:
     """Check a fresh conversion in eval mode on the batch `image` (B, C, H, W); both networks stay as they are.
 
     Identity: all outputs of `gated` equal those of `model` to the bit. Corruption: with half of the units and
@@ -67,7 +68,12 @@ def verify(model: nn.Module, gated: fx.GraphModule, image: Tensor, seed: int = 0
                 blocks += 1
                 deep.append(gate)
         outputs = _outputs(subject, image)
-        only = {name for name, count in call_counts(gated).items() if count == 1}
+        only = {
+            f"{path}.{name}" if path else name
+            for path, part in parts_of(gated).items()
+            for name, count in call_counts(part).items()
+            if count == 1
+        }
         for gate in deep:
             _corrupt_block(state, gate, only, generator)
         if not _equal(outputs, _outputs(subject, image)):
@@ -119,7 +125,7 @@ def _reproducible() -> Iterator[None]:
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), same_kernels():
             yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before

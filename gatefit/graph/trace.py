@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError, first_line
+from gatefit.graph.call import call_of, with_call
 from gatefit.graph.tracer import ShapeTracer
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -38,8 +39,10 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     Raises:
         ConversionError: the network cannot be traced, or does not take the example.
     """
+    if _is_variadic(model):
+        model = _with_one_input(model, example)
     modes = {name: module.training for name, module in model.named_modules()}
-    analysed = _out_of_place(_on_meta(model))
+    analysed = out_of_place(_on_meta(model))
     tracer = ShapeTracer(None if example is None else torch.empty_like(example, device="meta"))
     try:
         graph = tracer.trace(analysed, concrete_args=_defaults(model))
@@ -47,7 +50,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
         raise
     except Exception as error:
         raise ConversionError(f"{type(model).__name__} cannot be traced by torch.fx: {first_line(error)}") from error
-    root = _out_of_place(copy.deepcopy(model))
+    root = out_of_place(copy.deepcopy(model))
     _take_constants(graph, analysed, root)
     _drop_frozen_inputs(graph)
     _functionalise(graph)
@@ -61,8 +64,8 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     return traced
 
 
-def _out_of_place(network: Network) -> Network:
-    """Copy `network` with modules that no longer write into what they read."""
+def out_of_place(network: Network) -> Network:
+    """Let no module of `network` write into what it reads; return it."""
     for module in network.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
@@ -130,6 +133,19 @@ def path_of(node: fx.Node) -> str:
     """Give the qualified name of the innermost module in whose forward the node was recorded; '' at the root."""
     stack = node.meta.get("nn_module_stack")
     return str(next(reversed(stack))) if stack else ""
+
+
+def _is_variadic(model: nn.Module) -> bool:
+    """Tell whether the first input is one of any number, as in `forward(self, *args)`."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    return bool(parameters) and parameters[0].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _with_one_input(model: nn.Module, example: Tensor | None) -> nn.Module:
+    call = call_of(model, (torch.zeros(1) if example is None else example,), {})
+    if call is None:
+        raise ConversionError(f"{type(model).__name__} cannot be called with one tensor alone")
+    return with_call(model, call[0])
 
 
 def _defaults(root: nn.Module) -> dict[str, Any]:

@@ -26,12 +26,20 @@ from gatefit.errors import ConversionError, first_line
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 """Modules whose multiply-accumulates are counted."""
 
+_COMPOSED = (
+    nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)  # fmt: skip
+"""PyTorch's own modules that have residual branches in them."""
+
+_LAYOUT = {"is_nested", "is_sparse", "is_quantized"}
+"""What PyTorch asks a tensor, and no values or devices change."""
 _UNKNOWN = object()
 _VALUE = "value"
 
 
 class ShapeTracer(fx.Tracer):
-    """Keeps as one node only what has no convolution or linear layer in it, and PyTorch's own modules.
+    """Keeps as one node only what has no convolution or linear layer in it, and most of PyTorch's own modules.
 
     Args:
         example: what the network will be given, on the meta device; None: shapes stay unknown, as in torch.fx.
@@ -57,6 +65,8 @@ class ShapeTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is kept as one node."""
+        if isinstance(m, _COMPOSED) and self.example is not None:
+            return False
         if super().is_leaf_module(m, module_qualified_name) or isinstance(m, WEIGHTED):
             return True
         if any(isinstance(s, WEIGHTED) for s in m.modules()):
@@ -193,6 +203,8 @@ class _ShapedProxy(fx.Proxy):
                 return _Shape(_sizes(self, value))
             if k == "ndim":
                 return value.dim()
+            if k in _LAYOUT:
+                return bool(getattr(value, k))
         return _ShapedAttribute(self, k)
 
     def size(self, dim: int | None = None) -> Any:

@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gatefit.errors import DataError
 from gatefit.gating.cost import GateDecider
@@ -69,7 +69,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    gated: fx.GraphModule,
+    gated: nn.Module,
     data: Source,
     teacher: nn.Module | None = None,
     on_progress: OnProgress = silent,

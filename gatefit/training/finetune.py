@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from torch import fx, nn
+from torch import nn
 
 from gatefit.errors import RecipeError
 from gatefit.gating.cost import costs_of
@@ -27,7 +27,7 @@ SCRATCH_RAMP = 0.2
 
 @renamed_argument("report", "on_progress")
 def finetune(
-    gated: fx.GraphModule,
+    gated: nn.Module,
     data: Source,
     teacher: nn.Module | None = None,
     l1: float | None = None,
@@ -97,9 +97,7 @@ def finetune(
     return history
 
 
-def check_settings(
-    gated: fx.GraphModule, images: ImageSet, loop: FinetunePart, closing: ClosingPart, start: str
-) -> None:
+def check_settings(gated: nn.Module, images: ImageSet, loop: FinetunePart, closing: ClosingPart, start: str) -> None:
     """Refuse settings with which no gate would close, or that contradict each other, before anything is trained.
 
     Raises:
@@ -147,7 +145,7 @@ def resolve(loop: FinetunePart, closing: ClosingPart, start: str, trained: bool)
 
 
 @contextmanager
-def _gates_frozen(gated: fx.GraphModule, frozen: bool) -> Iterator[None]:
+def _gates_frozen(gated: nn.Module, frozen: bool) -> Iterator[None]:
     """Take the gates out of the training for a while, where `frozen` says so."""
     gates = [p for gate in gates_of(gated).values() for fc in gate.layers for p in fc.parameters()]
     changed = [p for p in gates if p.requires_grad and frozen]

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError
-from gatefit.gating.gates import PREFIX, gates_of
+from gatefit.gating.gates import gates_of, is_gate_key
 from gatefit.gating.info import info_of
 from gatefit.graph.fold import fold_batch_norms
+from gatefit.graph.partial import traced_forwards
 from gatefit.recipe import DistillationPart
 
 COMPARED = 9
@@ -71,6 +72,8 @@ class Teacher(nn.Module):
         super().__init__()
         self.blocks: tuple[str, ...] = ()
         try:
+            if traced_forwards(student):  # what cannot be traced is not fast either
+                raise ConversionError("the original cannot be traced as a whole")
             shape = info_of(student).input.shape if isinstance(student, fx.GraphModule) else None
             self.network: nn.Module = fold_batch_norms(original, None if shape is None else torch.zeros(2, *shape))
             if features and isinstance(student, fx.GraphModule) and _is_original(original, student):
@@ -132,4 +135,4 @@ def feature_distance(outputs: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) ->
 
 def _is_original(original: nn.Module, gated: nn.Module) -> bool:
     shapes = {k: v.shape for k, v in original.state_dict().items()}
-    return shapes == {k: v.shape for k, v in gated.state_dict().items() if not k.startswith(f"{PREFIX}.")}
+    return shapes == {k: v.shape for k, v in gated.state_dict().items() if not is_gate_key(k)}
