@@ -94,7 +94,7 @@ def _fit(gated: nn.Module, measures: Measures, damage: dict[str, float]) -> tupl
     for name, gate in gates_of(gated).items():
         measured = measures.blocks[name]
         pooled = measured.pooled.double()
-        hardness = _guess(pooled, measures.hardness[:, None])
+        hardness = _guess(pooled, measures.hardness[measures.reached[name], None])
         for fc, units, weight in zip(
             (gate.block, gate.channel), (measured.block, measured.channel), weights[name], strict=True
         ):

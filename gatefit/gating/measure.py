@@ -19,6 +19,7 @@ from gatefit.graph.ops import harden, scale
 from gatefit.graph.partial import traced_forwards
 from gatefit.inputs.data import ImageSet, normalise
 from gatefit.inputs.loader import loader
+from gatefit.inputs.models import logits_of
 from gatefit.progress import OnProgress, Progress, silent
 
 SOFTNESS = 4.0
@@ -59,6 +60,8 @@ class Measures:
     blocks: dict[str, BlockMeasures]
     hardness: Tensor
     """(N,) float64: entropy of the softened predictions, in standard deviations from the mean."""
+    reached: dict[str, Tensor]
+    """By block, (N,) bool: whether an image came to it. Python around the parts of a network may leave some out."""
 
 
 def measure(
@@ -79,14 +82,15 @@ def measure(
         on_progress: called after each batch, as `stage`.
 
     Raises:
-        TrainingError: the network's outputs are not finite.
+        TrainingError: the network's outputs are not finite, or no image came to a block.
     """
     device = next(gated.parameters()).device
     rows: dict[str, list[BlockMeasures]] = {name: [] for name in gates_of(gated)}
+    reached: dict[str, list[Tensor]] = {name: [] for name in rows}
     entropies: list[Tensor] = []
     for done, (pixels, _, _) in enumerate(loader(images, batches), 1):
         probe = Probe(gated)
-        logits = probe.run(normalise(pixels.to(device), info_of(gated).input))
+        logits = logits_of(probe.run(normalise(pixels.to(device), info_of(gated).input)))
         if not bool(logits.isfinite().all()):
             raise TrainingError("the network's outputs are not finite; check its weights, or lower the learning rate")
         labels = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(device)
@@ -94,10 +98,16 @@ def measure(
         entropies.append(-(soft.exp() * soft).sum(1))
         for name, block in probe.measures(nn.functional.cross_entropy(logits, labels, reduction="sum")):
             rows[name].append(block)
+        for name, batches_reached in reached.items():
+            batches_reached.append(torch.full((len(logits),), name in probe.saliences, device=device))
         on_progress(Progress(stage, done, len(batches)))
+    never = [name for name, parts in rows.items() if not parts]
+    if never:
+        raise TrainingError(f"no image came to the block '{never[0]}'; the Python around it leaves it out")
     hardness = torch.cat(entropies)
     hardness = (hardness - hardness.mean()) / hardness.std(correction=0).clamp_min(1e-12)
-    return Measures({name: _joined(parts) for name, parts in rows.items()}, hardness)
+    joined = {name: _joined(parts) for name, parts in rows.items()}
+    return Measures(joined, hardness, {name: torch.cat(parts) for name, parts in reached.items()})
 
 
 def _joined(parts: list[BlockMeasures]) -> BlockMeasures:
@@ -135,12 +145,14 @@ def block_damage(gated: nn.Module, images: ImageSet, chosen: Tensor, batch: int)
         probe = Probe(gated)
         as_it_is = probe.run(x)
         for name in names:
+            if name not in probe.saliences:
+                continue
             opened = probe.saliences[name].block
             assert opened is not None
             skipped = Probe(gated, functools.partial(_forced, name, 0.0)).run(x)
             everywhere = bool((opened == 1).all())  # as at a first start: one run serves all blocks
             run = as_it_is if everywhere else Probe(gated, functools.partial(_forced, name, 1.0)).run(x)
-            log_skipped, log_run = (logits.double().log_softmax(1) for logits in (skipped, run))
+            log_skipped, log_run = (logits_of(x).double().log_softmax(1) for x in (skipped, run))
             divergence = nn.functional.kl_div(log_skipped, log_run, log_target=True, reduction="sum")
             damage[name] += float(divergence) / len(chosen)
     return damage

@@ -11,7 +11,7 @@ from gatefit.gating.cost import GateDecider
 from gatefit.gating.info import info_of
 from gatefit.inputs.data import Source, as_images, normalise
 from gatefit.inputs.loader import loader
-from gatefit.inputs.models import output_count
+from gatefit.inputs.models import logits_of, output_count
 from gatefit.mode import evaluating
 from gatefit.progress import OnProgress, Progress, silent
 
@@ -102,11 +102,11 @@ def evaluate(
     with evaluating(gated):
         for batch, labels, _ in loader(images, [i.tolist() for i in indices]):
             x = normalise(batch.to(device), spec)
-            answer = gated(x).argmax(1).cpu()
+            answer = logits_of(gated(x)).argmax(1).cpu()
             answers.append(answer)
             truth.append(labels)
             if teacher is not None:
-                wanted = teacher(x).argmax(1).cpu()
+                wanted = logits_of(teacher(x)).argmax(1).cpu()
                 same += int((answer == wanted).sum())
                 dense_right += int((wanted == labels).sum())
             decided = decider.decisions()

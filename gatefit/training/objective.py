@@ -6,6 +6,7 @@ much, and where gates close is where it goes wrong (FitNets, arXiv 1412.6550).
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from gatefit.gating.gates import gates_of, is_gate_key
 from gatefit.gating.info import info_of
 from gatefit.graph.fold import fold_batch_norms
 from gatefit.graph.partial import traced_forwards
+from gatefit.inputs.models import logits_of
 from gatefit.recipe import DistillationPart
 
 COMPARED = 9
@@ -44,7 +46,8 @@ class Objective(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the loss, a scalar, and the predictions, (B, classes), for images (B, C, H, W) and labels (B,)."""
-        logits, outputs = self.student(x)
+        result, outputs = self.student(x)
+        logits = logits_of(result)
         loss = logits.new_zeros((), dtype=torch.float32)
         if self.weight < 1:
             loss = loss + (1 - self.weight) * F.cross_entropy(logits.float(), labels)
@@ -89,9 +92,9 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return predictions, (B, classes), and the outputs of `blocks`, (B, ...) each."""
-        logits, outputs = self.network(x)
-        return logits, outputs
+        """Predictions, (B, classes), and the outputs of `blocks`, (B, ...) each."""
+        result, outputs = self.network(x)
+        return logits_of(result), outputs
 
 
 class _PredictionsOnly(nn.Module):
@@ -99,7 +102,7 @@ class _PredictionsOnly(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
         return self.network(x), ()
 
 

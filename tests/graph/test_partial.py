@@ -12,8 +12,11 @@ from gatefit.errors import ConversionError, DeployError, GatefitError
 from gatefit.gating.cost import costs_of, decisions_of
 from gatefit.gating.gates import gates_of, is_gate_key
 from gatefit.gating.info import info_of
+from gatefit.gating.initialise import initialise_from_data
 from gatefit.gating.insert import find_blocks
+from gatefit.gating.measure import measure
 from gatefit.graph.partial import parts_of
+from gatefit.inputs.data import as_images
 from gatefit.recipe import ClosingPart, FinetunePart
 
 
@@ -170,6 +173,27 @@ def test_the_steps_of_a_conversion(tmp_path):
     assert torch.equal(again(images(3)), gated(images(3)))
     with pytest.raises(DeployError, match="cannot be traced as a whole"):
         gatefit.deploy(gated, images(4))
+
+
+def test_images_that_do_not_come_to_a_part_teach_its_gates_nothing():
+    model = _made(Branching)
+    pixels = images(48)
+    pixels[16:32] = 0  # a batch of its own
+    model.stem.bias.data.zero_()
+
+    class Some(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(self.stem(x))
+            return self.head((self.second(y) if x.std() > 0.5 else y).mean((2, 3)))
+
+    model.__class__ = Some
+    gated = gatefit.retrofit(model, images(), "lc", form="step", compensation=True).eval()
+    data = as_images((pixels, torch.zeros(48, dtype=torch.long)), info_of(gated).input).train
+    generator = torch.Generator().manual_seed(0)
+    measures = measure(gated, data, [list(range(i, i + 16)) for i in (0, 16, 32)], generator)
+    assert measures.reached["first.0"].sum() == len(data) == 48 and measures.reached["second.0"].sum() == 32
+    assert len(measures.blocks["second.0"].pooled) == 32
+    assert initialise_from_data(gated, data, 48, 16) > 0
 
 
 def test_shared_submodules_are_left_alone():
