@@ -233,11 +233,11 @@ def _random(model: nn.Module, example: Tensor, size: int) -> Tensor:
 
 
 def _private(model: nn.Module) -> set[str]:
-    """Name the submodules that share no module, weight or buffer with what lies outside of them."""
+    """Name the submodules that share no weight or buffer with what lies outside of them."""
     modules = dict(model.named_modules(remove_duplicate=False))
     holders: dict[int, set[str]] = {}
     for path, module in modules.items():
-        for value in (module, *module._parameters.values(), *module._buffers.values()):
+        for value in (*module._parameters.values(), *module._buffers.values()):
             if value is not None:
                 holders.setdefault(id(value), set()).add(path)
     shared = [paths for paths in holders.values() if len(paths) > 1]

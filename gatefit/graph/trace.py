@@ -39,13 +39,14 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     Raises:
         ConversionError: the network cannot be traced, or does not take the example.
     """
+    defaults = _defaults(model)
     if _is_variadic(model):
-        model = _with_one_input(model, example)
+        model, defaults = _with_one_input(model, example), {}
     modes = {name: module.training for name, module in model.named_modules()}
     analysed = out_of_place(_on_meta(model))
     tracer = ShapeTracer(None if example is None else torch.empty_like(example, device="meta"))
     try:
-        graph = tracer.trace(analysed, concrete_args=_defaults(model))
+        graph = tracer.trace(analysed, concrete_args=defaults)
     except ConversionError:
         raise
     except Exception as error:
@@ -82,11 +83,16 @@ def _on_meta(network: Network) -> Network:
 
 
 def propagate_shapes(traced: fx.GraphModule, example: Tensor) -> None:
-    """Run `traced` on the meta device and note each tensor node's `meta["shape"]`."""
-    analysed = _on_meta(traced).eval()
+    """Run `traced` on the meta device, or where values decide on its own, and note each tensor's `meta["shape"]`."""
     try:
-        shapes = _ShapeInterpreter(analysed)
-        shapes.run(torch.empty_like(example, device="meta"))
+        try:
+            shapes = _ShapeInterpreter(_on_meta(traced).eval())
+            shapes.run(torch.empty_like(example, device="meta"))
+        except Exception:
+            shapes = _ShapeInterpreter(copy.deepcopy(traced).eval())
+            device = next(traced.parameters()).device
+            with torch.no_grad():
+                shapes.run(torch.zeros(example.shape, dtype=example.dtype, device=device))
     except Exception as error:
         raise ConversionError(
             f"the network does not take an input of shape {tuple(example.shape)}: {first_line(error)}; "
@@ -136,9 +142,9 @@ def path_of(node: fx.Node) -> str:
 
 
 def _is_variadic(model: nn.Module) -> bool:
-    """Tell whether the first input is one of any number, as in `forward(self, *args)`."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    return bool(parameters) and parameters[0].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    """Tell whether forward takes any number of inputs, as in `forward(self, x, *args, **kwargs)`."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(p.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for p in parameters)
 
 
 def _with_one_input(model: nn.Module, example: Tensor | None) -> nn.Module:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from math import prod
 from typing import Any
 
@@ -97,6 +98,8 @@ class ShapeTracer(fx.Tracer):
             return node
         if isinstance(a, _Shape):
             return tuple(self.create_arg(x) for x in a)
+        if isinstance(a, dict) and is_dataclass(a):  # such as the outputs of Hugging Face's networks
+            return self.create_node("call_function", type(a), (), {k: self.create_arg(v) for k, v in a.items()})
         return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
