@@ -57,8 +57,9 @@ class TrainingBar(AbstractContextManager["TrainingBar"]):
 
 def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
     """Print a table of every residual block, then every addition that is refused, with the reason."""
+    kind = "residual blocks" if all(b.has_shortcut for b in found.blocks) else "pairs of layers"
     table = Table(
-        title=f"{model_title(model)}: {len(found.blocks)} residual blocks, {mega(found.macs)} MACs per image",
+        title=f"{model_title(model)}: {len(found.blocks)} {kind}, {mega(found.macs)} MACs per image",
         title_justify="left",
     )
     for name, justify in (

@@ -12,10 +12,10 @@ from gatefit.errors import ConversionError, RecipeError
 from gatefit.gating.gates import PREFIX, Gate, GateForm, GateResult, forget_outputs
 from gatefit.gating.info import GatedInfo, GateKinds, set_info
 from gatefit.gating.verify import verify
-from gatefit.graph.blocks import FoundBlocks, ResidualBlock, match_blocks
-from gatefit.graph.channels import with_channel_units
+from gatefit.graph.blocks import FoundBlocks, ResidualBlock
 from gatefit.graph.edit import insert_behind
 from gatefit.graph.ops import add_compensation, harden, scale
+from gatefit.graph.pairs import find_gatable
 from gatefit.graph.partial import TracedPart, blocks_of, put_part, trace_parts
 from gatefit.graph.trace import trace
 from gatefit.inputs.models import input_spec, recognise
@@ -82,7 +82,13 @@ def rewrite(
     if form not in ("relu1", "step"):
         raise RecipeError(f"form must be 'relu1' or 'step', not {form!r}")
     traced, found = _analyse(model, example)
-    chosen = [b for b in found.blocks if "l" in gates or b.units]
+    chosen = [b for b in found.blocks if ("l" in gates and b.has_shortcut) or b.units]
+    pairs = [b for b in found.blocks if not b.has_shortcut]
+    if "l" in gates and len(pairs) == len(found.blocks) > 0:
+        raise ConversionError(
+            f"{type(model).__name__} has no residual block, so no block gate can skip anything; channel gates fit its "
+            f"{len(pairs)} pairs of layers: gates 'c' (--gates c)"
+        )
     if not chosen:
         raise ConversionError(no_block_message(type(model).__name__, found))
     fresh = {block.name: Gate(block, gates, form, compensation) for block in chosen}
@@ -105,7 +111,10 @@ def rewrite(
 def no_block_message(model: str, found: FoundBlocks) -> str:
     """Say in one line why a network cannot be gated."""
     if not found.skipped:
-        return f"{model} has no residual block to gate: there is not one addition of two tensors in it"
+        return (
+            f"{model} has no residual block to gate: there is not one addition of two tensors in it, and no pair of "
+            "layers whose channels can be followed from one to the other"
+        )
     shown = "; ".join(f"{s.node}: {s.reason}" for s in found.skipped[:3])
     more = f"; and {len(found.skipped) - 3} more" if len(found.skipped) > 3 else ""
     return f"{model} has no residual block to gate; {len(found.skipped)} additions were refused ({shown}{more})"
@@ -138,7 +147,7 @@ def _analyse(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule | list[T
         raise ConversionError(f"the network has a part named '{PREFIX}' already; is it converted?")
     try:
         traced = trace(model, example)
-        return traced, with_channel_units(traced, match_blocks(traced))
+        return traced, find_gatable(traced)
     except ConversionError as error:
         parts = _parts(model, example, error)
     return parts, blocks_of(parts, model, _random_like(model, example))

@@ -113,7 +113,7 @@ class _Runs:
         self.actual: dict[fx.Node, list[Any]] = {}
         """The same list as in `open` where no gate has changed anything yet."""
         self.read_last: dict[fx.Node, list[fx.Node]] = {}
-        last = {source: node for node in gated.graph.nodes for source in (node, *node.all_input_nodes)}
+        last = {source: node for node in gated.graph.nodes for source in (node, *_sources(gated, node))}
         for source, node in last.items():
             self.read_last.setdefault(node, []).append(source)
 
@@ -144,6 +144,15 @@ class _Runs:
         if isinstance(module, Gate) and values is self.open:
             return module.opened(args[0])
         return getattr(self.interpreter, node.op)(node.target, args, kwargs)
+
+
+def _sources(gated: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """List what is read for a node; where it adds a compensation that is the input of its gate too."""
+    sources = node.all_input_nodes
+    if node.target is add_compensation:
+        (call,) = sources[1].all_input_nodes
+        sources = [*sources, *call.all_input_nodes]
+    return sources
 
 
 def _same(some: list[Any], others: list[Any]) -> bool:

@@ -116,6 +116,9 @@ class ResidualBlock:
     """Name of the block in whose branch this one lies, if any."""
     no_channel_gate: str = ""
     """Why there is no channel gate; empty where there is one."""
+    has_shortcut: bool = True
+    """False: a pair of layers that follow each other (`gatefit.graph.pairs`), which takes a channel gate alone. Its
+    `output` is the second layer, and its `add` a node behind it."""
 
     @property
     def channels(self) -> int:
@@ -153,7 +156,7 @@ class FoundBlocks:
     @property
     def block_share(self) -> float:
         """Compute the share of the MACs that stands in residual branches."""
-        return sum(b.macs for b in self.blocks) / max(1, self.macs)
+        return sum(b.macs for b in self.blocks if b.has_shortcut) / max(1, self.macs)
 
     @property
     def channel_share(self) -> float:

@@ -40,7 +40,7 @@ _ZERO_LOSING_CALLS = {F.sigmoid, F.hardsigmoid, F.softplus, torch.sigmoid, "sigm
 _PRODUCTS = {operator.mul, torch.mul, "mul"}
 
 
-class _NoChannelGate(Exception):
+class NoChannelGate(Exception):
     """Why the walk from one layer ended."""
 
 
@@ -91,8 +91,8 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
             continue
         for lenient in (False, True) if isinstance(module, nn.modules.conv._ConvNd) else (False,):
             try:
-                units = _units_from(traced, block, node, module, lenient)
-            except _NoChannelGate as stop:
+                units = units_from(traced, block.nodes, node, module, lenient)
+            except NoChannelGate as stop:
                 if not lenient:
                     reasons.append(f"{layer_name(node)}: {stop}")
                 continue
@@ -107,16 +107,20 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
     return replace(block, channel_units=units, layers=layers)
 
 
-def _units_from(
-    traced: fx.GraphModule, block: ResidualBlock, start: fx.Node, module: nn.Module, lenient: bool
+def units_from(
+    traced: fx.GraphModule, cone: frozenset[str], start: fx.Node, module: nn.Module, lenient: bool
 ) -> ChannelUnits:
-    """Trace the outputs of layer `start` to all their readers, as the channel units of a block."""
+    """Trace the outputs of layer `start` to all their readers, which are among the nodes `cone`, as channel units.
+
+    Raises:
+        NoChannelGate: the channels cannot be followed, and why.
+    """
     _check_called_once(traced, start)
     _check_plain(module)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        raise _NoChannelGate("transposed convolution")
+        raise NoChannelGate("transposed convolution")
     axis, channels = _output_channels(start, module)
-    walk = _Walk(traced, set(block.nodes), channels, channels, lenient=lenient)
+    walk = _Walk(traced, set(cone), channels, channels, lenient=lenient)
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         walk.units = gcd(channels, module.groups)
     _claim_rows(walk, start, module, channels)
@@ -129,13 +133,13 @@ def _units_from(
             if reads_size(user):
                 continue
             if user.name not in walk.cone:
-                raise _NoChannelGate("its channels are the branch's own output")
+                raise NoChannelGate("its channels are the branch's own output")
             if _step(walk, node, user) and user not in frontier:
                 frontier.append(user)
     if not walk.consumers:
-        raise _NoChannelGate("nothing reads its channels")
+        raise NoChannelGate("nothing reads its channels")
     if not walk.units > 1:
-        raise _NoChannelGate("only one unit")
+        raise NoChannelGate("only one unit")
     masks = sorted(_mask_nodes(walk, start))
     again = _behind(walk, masks)
     widths = {node: walk.aligned[node] for node in masks}
@@ -159,23 +163,23 @@ def _units_from(
 
 def _check_called_once(traced: fx.GraphModule, node: fx.Node) -> None:
     if len(traced.graph.find_nodes(op="call_module", target=node.target)) > 1:
-        raise _NoChannelGate(f"the weights of '{node.target}' are used more than once")
+        raise NoChannelGate(f"the weights of '{node.target}' are used more than once")
 
 
 def _check_plain(module: nn.Module) -> None:
     if "weight" not in module._parameters:
-        raise _NoChannelGate("its weight is computed (weight or spectral normalisation)")
+        raise NoChannelGate("its weight is computed (weight or spectral normalisation)")
 
 
 def _check_columns(node: fx.Node, module: nn.Module) -> None:
     if isinstance(module, _STANDARDISED):
-        raise _NoChannelGate(f"the weights of '{node.name}' are standardised over all that it reads")
+        raise NoChannelGate(f"the weights of '{node.name}' are standardised over all that it reads")
 
 
 def _output_channels(node: fx.Node, module: nn.Module) -> tuple[int, int]:
     shape = shape_of(node)
     if shape is None:
-        raise _NoChannelGate("its output shape is unknown")
+        raise NoChannelGate("its output shape is unknown")
     axis = len(shape) - 1 if isinstance(module, nn.Linear) else 1
     return axis, shape[axis]
 
@@ -185,7 +189,7 @@ def _step(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
     before = (walk.units, list(walk.slices), set(walk.scaled))
     try:
         return _follow(walk, node, user)
-    except _NoChannelGate:
+    except NoChannelGate:
         if not walk.lenient or user in walk.aligned:
             raise
         walk.units, walk.slices, walk.scaled = before
@@ -230,14 +234,14 @@ def _follow(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
         keeps = None
     if keeps is None:
         what = type(module).__name__ if module is not None else getattr(user.target, "__name__", user.target)
-        raise _NoChannelGate(f"its channels reach '{user.name}' ({what}), which may mix them")
+        raise NoChannelGate(f"its channels reach '{user.name}' ({what}), which may mix them")
     shape, before = shape_of(user), shape_of(node)
     if shape is None or before is None or len(shape) != len(before) or shape[axis] != walk.channels * wide:
-        raise _NoChannelGate(f"'{user.name}' moves its channels")
+        raise NoChannelGate(f"'{user.name}' moves its channels")
     walk.keeps_zero[node, user] = keeps
     fresh = user not in walk.aligned
     if not fresh and walk.aligned[user] != (axis, wide):
-        raise _NoChannelGate(f"'{user.name}' joins channels of different kinds")
+        raise NoChannelGate(f"'{user.name}' joins channels of different kinds")
     walk.aligned[user] = (axis, wide)
     return fresh
 
@@ -249,17 +253,17 @@ def _through_layer(walk: _Walk, node: fx.Node, user: fx.Node, module: nn.Module)
     walk.scaled.add(layer_name(user))
     if isinstance(module, nn.Linear):
         if axis != len(shape_of(node) or ()) - 1:
-            raise _NoChannelGate(f"'{user.name}' mixes positions, not channels")
+            raise NoChannelGate(f"'{user.name}' mixes positions, not channels")
         walk.slices.append((f"{user.target}.weight", 1, size))
         return None
     assert isinstance(module, nn.modules.conv._ConvNd)
     if axis != 1 or isinstance(module, nn.modules.conv._ConvTransposeNd):
-        raise _NoChannelGate(f"'{user.name}' does not read its channels on axis 1")
+        raise NoChannelGate(f"'{user.name}' does not read its channels on axis 1")
     if module.groups == 1:
         walk.slices.append((f"{user.target}.weight", 1, size))
         return None
     if module.out_channels % walk.channels:
-        raise _NoChannelGate(f"'{user.name}' has groups that do not fit its channels")
+        raise NoChannelGate(f"'{user.name}' has groups that do not fit its channels")
     walk.units = gcd(walk.units, module.groups)
     _claim_rows(walk, user, module, module.out_channels)
     return module.bias is None, module.out_channels // walk.channels
@@ -273,7 +277,7 @@ def _claim_rows(walk: _Walk, node: fx.Node, module: nn.Module, size: int) -> Non
 
 def _claim_norm(walk: _Walk, node: fx.Node, module: nn.Module, axis: int) -> None:
     if axis != 1:
-        raise _NoChannelGate(f"'{node.name}' normalises another axis")
+        raise NoChannelGate(f"'{node.name}' normalises another axis")
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(module, name, None)
         if tensor is not None:

@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from gatefit.errors import ConversionError, first_line
-from gatefit.graph.blocks import FoundBlocks, ResidualBlock, Skipped, match_blocks
+from gatefit.graph.blocks import FoundBlocks, ResidualBlock, Skipped
 from gatefit.graph.call import Call, call_of, same_but, with_call
-from gatefit.graph.channels import with_channel_units
 from gatefit.graph.macs import module_macs
+from gatefit.graph.pairs import find_gatable
 from gatefit.graph.trace import out_of_place, trace
 from gatefit.graph.tracer import WEIGHTED
 from gatefit.mode import evaluating
@@ -256,7 +256,7 @@ def _trace_part(path: str, module: nn.Module, call: Call, x: Tensor) -> TracedPa
             args, kwargs = call.arguments(x)
             wanted, shape = tree_flatten(copy.deepcopy(module).eval()(*args, **kwargs))
             mine, my_shape = tree_flatten(copy.deepcopy(traced).eval()(x))
-        found = with_channel_units(traced, match_blocks(traced))
+        found = find_gatable(traced)
     except Exception:  # the code of a stranger in the hands of a tracer: whatever it raises, smaller parts are tried
         return None
     if shape != my_shape or not all(_same(a, b) for a, b in zip(wanted, mine, strict=True)):

@@ -80,8 +80,8 @@ class Teacher(nn.Module):
             shape = info_of(student).input.shape if isinstance(student, fx.GraphModule) else None
             self.network: nn.Module = fold_batch_norms(original, None if shape is None else torch.zeros(2, *shape))
             if features and isinstance(student, fx.GraphModule) and _is_original(original, student):
-                every = math.ceil(len(gates_of(student)) / COMPARED)
-                self.blocks = tuple(gate.of.add for gate in gates_of(student).values())[::-every][::-1]
+                shown = tuple(gate.of.add for gate in gates_of(student).values() if gate.of.add)
+                self.blocks = shown[:: -math.ceil(len(shown) / COMPARED)][::-1] if shown else ()
             self.network = with_outputs_of(self.network, self.blocks)
         except ConversionError:
             self.network = _PredictionsOnly(copy.deepcopy(original))

@@ -168,7 +168,8 @@ def test_inspect():
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and found["blocks"] and found["blocks"][0]["macs"] > 0
     assert "under a channel gate" in gatefit("inspect", "test_resnet").stdout
-    assert "no residual block" in refused("inspect", "torchvision/vgg11")
+    assert "no residual block" in refused("inspect", "timm/repvgg_a0")
+    assert "4 pairs of layers" in gatefit("inspect", "torchvision/vgg11").stdout
 
 
 def test_json_stays_json_when_a_library_prints(tmp_path):
@@ -205,9 +206,9 @@ def test_inspect_of_the_example():
 def test_models():
     result = gatefit("models", "torchvision/*net18")
     assert result.exit_code == 0 and "torchvision/resnet18" in result.stdout and "1 of 1" in result.stdout
-    found, *_ = json.loads(gatefit("models", "timm/vgg11", "--json").stdout)
-    assert found["blocks"] == 0 and "no addition" in found["reason"]
-    assert "not gated: there is no addition" in gatefit("models", "timm/vgg11").stdout
+    found, *_ = json.loads(gatefit("models", "timm/repvgg_a0", "--json").stdout)
+    assert found["blocks"] == 0 and "side by side" in found["reason"]
+    assert "not gated: ..." in gatefit("models", "timm/repvgg_a0").stdout
     assert "no model" in refused("models", "no-such-network")
 
 
@@ -215,7 +216,7 @@ def test_models():
     ("arguments", "message"),
     [
         (["resnet81", "--l1", "1e-4", "--data", "digits"], "did you mean resnet"),
-        (["torchvision/vgg11", "--l1", "1e-4", "--data", "digits"], "no residual block"),
+        (["torchvision/vgg11", "--l1", "1e-4", "--data", "digits", "--gates", "lc"], "no residual block"),
         (["test_resnet", "--l1", "-1", "--data", "digits"], "l1 must be 0 or more"),
         (["test_resnet", "--l1", "1", "--target", "0.5"], "not both"),
         (["test_resnet", "--target", "5", "--data", "digits"], "between 0 and 1"),

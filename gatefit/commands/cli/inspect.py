@@ -21,7 +21,8 @@ def inspect(
     """Show which blocks of a network can be gated.
 
     A block is an addition of a branch to a shortcut. Its gate can close the branch whole or single channels in it. The
-    reason stands beside each addition that cannot be gated.
+    reason stands beside each addition that cannot be gated. A network without a block is shown as pairs of layers:
+    gates can close the channels between the two.
     """
     with session(f"inspect {model_title(model)}") as stdout:
         if image_size < 0:
