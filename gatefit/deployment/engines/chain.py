@@ -270,7 +270,9 @@ class ChainBlocks(nn.Module):
         prepared = self._prepared  # this call's own, whatever other threads do: the kernel reads what it owns
         if prepared is None or prepared.image_shape != x.shape[1:]:
             prepared = self._prepared = self._prepare(run, x)
-        if prepared.shortcut_shape is not None:
+        if prepared.shortcut_shape is None:
+            shortcut = None  # a pair of layers is given its input in place of one
+        else:
             need_shape(prepared.shortcut_shape, () if shortcut is None else tuple(shortcut.shape[1:]))
         x, shortcut = x.contiguous(), None if shortcut is None else shortcut.contiguous()
         result = x.new_empty(len(x), *prepared.result_shape)
