@@ -18,6 +18,7 @@ from gatefit.folder import ORIGINAL
 from gatefit.gating.checkpoint import save
 from gatefit.gating.info import info_of, set_info
 from gatefit.gating.insert import retrofit, rewrite
+from gatefit.graph.partial import traced_forwards
 from gatefit.inputs.data import Splits, read_data
 from gatefit.inputs.models import (
     InputSpec,
@@ -193,6 +194,11 @@ def insert_gates(run: _Run, inputs: _Inputs) -> nn.Module:
     set_info(gated, input=inputs.spec, reference=inputs.reference)
     checked = info_of(gated).verification
     assert checked is not None
+    if parts := traced_forwards(gated):
+        run.say(
+            f"note: the network cannot be traced as a whole; gates stand in {', '.join(parts)}, and it cannot be "
+            "deployed"
+        )
     run.say(
         f"converted: {checked.outputs} outputs equal the original's to the bit; {checked.closed_units} closed "
         f"units and {checked.closed_blocks} closed blocks overwritten with noise without changing one"

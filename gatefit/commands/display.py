@@ -83,6 +83,12 @@ def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
         f"under a block gate: {percent(found.block_share)} of the MACs; "
         f"under a channel gate: {percent(found.channel_share)}"
     )
+    if found.parts:
+        console.print(
+            f"traced in parts, as the whole cannot be: {', '.join(found.parts)}; such a network is not deployed, "
+            "so its gates save no time",
+            soft_wrap=True,
+        )
     if found.skipped:
         refused = Table(title=f"{len(found.skipped)} additions refused", title_justify="left")
         refused.add_column("node")

@@ -152,6 +152,8 @@ class FoundBlocks:
     skipped: tuple[Skipped, ...]
     macs: int
     """MACs per image of the whole network, dense."""
+    parts: tuple[str, ...] = ()
+    """Names of the submodules that were traced; none: the network was traced as a whole."""
 
     @property
     def block_share(self) -> float:

@@ -135,7 +135,8 @@ def blocks_of(parts: list[TracedPart], model: nn.Module, example: Tensor) -> Fou
     blocks = tuple(block for part in parts for block in part.found.blocks)
     skipped = tuple(s for part in parts for s in part.found.skipped)
     around = macs_around(model, {part.path for part in parts}, example)
-    return FoundBlocks(blocks, skipped, around + sum(part.found.macs for part in parts))
+    macs = around + sum(part.found.macs for part in parts)
+    return FoundBlocks(blocks, skipped, macs, tuple(part.path for part in parts))
 
 
 def inputs_of(network: nn.Module, images: Tensor) -> dict[str, Tensor]:

@@ -440,3 +440,42 @@ def test_launched_by_accelerate(recipe, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["gated"]["share"] == pytest.approx(0.7, abs=0.03)
+
+
+def test_a_network_that_is_traced_in_parts_is_converted_and_not_deployed(tmp_path):
+    """Commands say so before anything is trained."""
+    (tmp_path / "own.py").write_text(
+        """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.b(self.a(x).relu())
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), Block(), nn.Linear(8, 10)
+        self.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((self.body(x) if x.mean() < 1e6 else x).mean((2, 3)))
+
+def build():
+    torch.manual_seed(0)
+    return Net()
+"""
+    )
+    own, out = f"{tmp_path / 'own.py'}:build", tmp_path / "run"
+    assert "traced in parts, as the whole cannot be: body" in gatefit("inspect", own).stdout
+    options = ["--data", "digits", "--target", "0.8", "--epochs", "0", "--set", "data.limit=64"]
+    result = gatefit("convert", own, *options, "--out", out)
+    assert result.exit_code == 0 and "gates stand in body" in result.stderr
+    assert gatefit("evaluate", out).exit_code == 0
+    assert "cannot be traced as a whole" in refused("deploy", out)

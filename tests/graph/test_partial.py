@@ -106,7 +106,8 @@ def test_the_largest_parts_are_traced_and_the_conversion_is_proved(kind, gates, 
     assert type(gated) is kind and torch.equal(model(x), gated(x))
     assert info_of(gated).verification.outputs == 10
     assert {k for k in gated.state_dict() if not is_gate_key(k)} == set(model.state_dict())
-    assert set(gates_of(gated)) == {b.name for b in find_blocks(model, images()).blocks}
+    found = find_blocks(model, images())
+    assert set(gates_of(gated)) == {b.name for b in found.blocks} and list(found.parts) == PARTIAL[kind]
     assert not any(type(m).__name__ == "Gate" for m in model.modules()) and "forward" not in model.__dict__
 
 

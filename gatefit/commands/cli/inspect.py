@@ -59,4 +59,4 @@ def _plain(found: "FoundBlocks") -> dict[str, Any]:
         }
         for b in found.blocks
     ]
-    return {"macs": found.macs, "blocks": blocks, "skipped": [asdict(s) for s in found.skipped]}
+    return {"macs": found.macs, "parts": found.parts, "blocks": blocks, "skipped": [asdict(s) for s in found.skipped]}
