@@ -76,7 +76,7 @@ def retrofit(
 def rewrite(
     model: nn.Module, example: Tensor, gates: GateKinds = "lc", form: GateForm = "relu1", compensation: bool = False
 ) -> nn.Module:
-    """`retrofit` without the check: for a network whose conversion was checked before."""
+    """Retrofit without the check: for a network whose conversion was checked before."""
     if gates not in ("lc", "l", "c"):
         raise RecipeError(f"gates must be 'lc', 'l' or 'c', not {gates!r}")
     if form not in ("relu1", "step"):
@@ -160,7 +160,7 @@ def _parts(model: nn.Module, example: Tensor, reason: ConversionError) -> list[T
     try:
         parts = trace_parts(model, example)
     except ConversionError as error:
-        raise ConversionError(f"{reason}; {error}") from error
+        raise reason if "does not take" in str(reason) else ConversionError(f"{reason}; {error}") from error
     if not parts:
         raise ConversionError(f"{reason}; nor has any part of it that can be traced a residual block") from reason
     return parts

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
-from gatefit.errors import ConversionError, first_line
+from gatefit.errors import ConversionError, GatefitError, first_line
 from gatefit.graph.blocks import FoundBlocks, ResidualBlock, Skipped
 from gatefit.graph.call import Call, call_of, same_but, with_call
 from gatefit.graph.macs import module_macs
@@ -39,7 +39,8 @@ class TracedForward:
         self.name, self.module, self.graph, self.call = name, module, graph, call
         self.instead: Callable[[Tensor], Any] | None = None
         """Runs in place of the graph, while a measurement is under way."""
-        self._function = type(fx.GraphModule(module, graph)).forward
+        self._function: Callable[[nn.Module, Tensor], Any] | None = None
+        """Made of the graph at the first call: while it is copied, the module is not whole."""
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -48,7 +49,18 @@ class TracedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the part as its own forward would."""
         x = self.call.tensor(self.name, args, kwargs)
-        return self._function(self.module, x) if self.instead is None else self.instead(x)
+        if self.instead is not None:
+            return self.instead(x)
+        if self._function is None:
+            self._function = type(self.view()).forward
+        return self._function(self.module, x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TracedForward":
+        module, graph = copy.deepcopy(self.module, memo), copy.deepcopy(self.graph)
+        return TracedForward(self.name, module, graph, self.call)
+
+    def __reduce__(self) -> Any:
+        raise GatefitError("a network that was traced in parts cannot be pickled; call gatefit.save(gated, folder)")
 
     def view(self) -> fx.GraphModule:
         """Return the part as a traced network, which shares its modules."""

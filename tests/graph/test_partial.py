@@ -153,6 +153,11 @@ def test_copies_are_independent_and_follow_their_own_weights():
     assert torch.equal(gated(x), before) and not twin(x.double()).any()
 
 
+def test_pickling_is_refused_with_the_call_that_works(tmp_path):
+    with pytest.raises(GatefitError, match=r"call gatefit\.save"):
+        torch.save(gatefit.retrofit(_made(Branching), images(), "lc"), tmp_path / "file")
+
+
 def test_other_arguments_than_the_ones_it_was_traced_with_are_refused():
     gated = gatefit.retrofit(_made(Options), images(), "lc").eval()
     gated.scale = 3.0

@@ -117,7 +117,7 @@ def bench(
 
 
 def _gates_ms(gated: nn.Module, batch: Tensor) -> float:
-    """Milliseconds for all gates alone in PyTorch, pooling and layers, one after another."""
+    """Time all gates alone in PyTorch, pooling and layers, one after another."""
     given: list[tuple[nn.Module, Tensor]] = []
 
     def note(gate: nn.Module, inputs: tuple[Tensor, ...]) -> None:
