@@ -16,7 +16,7 @@ from gatefit.graph.blocks import FoundBlocks, ResidualBlock
 from gatefit.graph.edit import insert_behind
 from gatefit.graph.ops import add_compensation, harden, scale
 from gatefit.graph.pairs import find_gatable
-from gatefit.graph.partial import TracedPart, blocks_of, put_part, trace_parts
+from gatefit.graph.partial import TracedPart, blocks_of, count_calls, put_part, trace_parts
 from gatefit.graph.trace import trace
 from gatefit.inputs.models import input_spec, recognise
 from gatefit.renamed import renamed_argument
@@ -103,6 +103,7 @@ def rewrite(
                 _insert_gates(part.traced, inside)
                 put_part(gated, part)
         gated.register_forward_pre_hook(forget_outputs)
+        count_calls(gated)
     spec = replace(input_spec(model), shape=_image_shape(example))
     set_info(gated, GatedInfo(gates, form, compensation, spec))
     return gated

@@ -39,6 +39,8 @@ class TracedForward:
         self.name, self.module, self.graph, self.call = name, module, graph, call
         self.instead: Callable[[Tensor], Any] | None = None
         """Runs in place of the graph, while a measurement is under way."""
+        self.calls: int | None = None
+        """In the forward of the network that is under way; None: none is."""
         self._function: Callable[[nn.Module, Tensor], Any] | None = None
         """Made of the graph at the first call: while it is copied, the module is not whole."""
 
@@ -47,7 +49,18 @@ class TracedForward:
         return self.call.signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the part as its own forward would."""
+        """Run the part as its own forward would.
+
+        Raises:
+            GatefitError: with other arguments than at the conversion, or for the second time for one batch.
+        """
+        if self.calls is not None:
+            self.calls += 1
+            if self.calls > 1:
+                raise GatefitError(
+                    f"{self.name} runs more than once for a batch, which its gates cannot count; at the conversion it "
+                    "ran once"
+                )
         x = self.call.tensor(self.name, args, kwargs)
         if self.instead is not None:
             return self.instead(x)
@@ -94,6 +107,22 @@ def traced_forwards(network: nn.Module) -> dict[str, TracedForward]:
     """Return the forwards that stand in for those of a network's parts, by the parts' names."""
     pairs = ((path, module.__dict__.get("forward")) for path, module in network.named_modules())
     return {path: forward for path, forward in pairs if isinstance(forward, TracedForward)}
+
+
+def count_calls(network: nn.Module) -> None:
+    """Let each part of `network` refuse to run twice in one forward: what its gates decide would be counted once."""
+    network.register_forward_pre_hook(_begin)
+    network.register_forward_hook(_end)
+
+
+def _begin(network: nn.Module, args: Any) -> None:
+    for forward in traced_forwards(network).values():
+        forward.calls = 0
+
+
+def _end(network: nn.Module, args: Any, output: Any) -> None:
+    for forward in traced_forwards(network).values():
+        forward.calls = None
 
 
 def put_part(network: nn.Module, part: TracedPart) -> None:

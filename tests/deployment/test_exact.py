@@ -86,6 +86,18 @@ def test_deployed_pairs_answer_as_the_gated_ones(engine, form):
         assert same(torch.cat([deployed(x) for x in others.split(1)]), wanted)
 
 
+@pytest.mark.parametrize("value", [1.0, -1.0])
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e.name != "parallel"], ids=lambda e: e.name)
+def test_pairs_all_open_and_all_closed(engine, value):
+    """PyTorch pools no image without channels."""
+    if not engine.available():
+        pytest.skip(f"{engine.name} cannot run here")
+    gated = _pairs("step")
+    set_all(gated, value)
+    with torch.no_grad():
+        assert same(engine.deploy(gated)(images(3, seed=7)), gated(images(3, seed=7)))
+
+
 @pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
 def test_pairs_without_a_pooling_between_run_in_one_kernel():
     gathered = next(e for e in ENGINES if e.name == "gathered")

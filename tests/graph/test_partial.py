@@ -153,6 +153,23 @@ def test_copies_are_independent_and_follow_their_own_weights():
     assert torch.equal(gated(x), before) and not twin(x.double()).any()
 
 
+def test_a_part_that_runs_twice_for_a_batch_is_refused():
+    class Looping(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(self.stem(x))
+            for _ in range(1 if x.abs().max() < 1e6 else 2):
+                x = self.second(x)
+            return self.head(x.mean((2, 3)))
+
+    gated = gatefit.retrofit(_made(Looping), images(), "lc").eval()
+    for _ in range(2):
+        gated(images())
+        gated.second(torch.zeros(1, 16, 4, 4))  # by itself it may run as often as one likes
+    with pytest.raises(GatefitError, match="second runs more than once for a batch"):
+        gated(images() * 1e9)
+    gated(images())
+
+
 def test_pickling_is_refused_with_the_call_that_works(tmp_path):
     with pytest.raises(GatefitError, match=r"call gatefit\.save"):
         torch.save(gatefit.retrofit(_made(Branching), images(), "lc"), tmp_path / "file")
