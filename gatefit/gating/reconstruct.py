@@ -80,7 +80,7 @@ class _Runs:
         self.actual: dict[fx.Node, list[Any]] = {}
         """The same list as in `open` where no gate has changed anything yet."""
         self.read_last: dict[fx.Node, list[fx.Node]] = {}
-        last = {source: node for node in gated.graph.nodes for source in (node, *node.all_input_nodes)}
+        last = {source: node for node in gated.graph.nodes for source in (node, *_sources(node))}
         for source, node in last.items():
             self.read_last.setdefault(node, []).append(source)
 
@@ -111,6 +111,17 @@ class _Runs:
         return getattr(self.interpreter, node.op)(node.target, args, kwargs)
 
 
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """List what is read to run a node, or to reconstruct it: with its compensation, also what the gate read."""
+    added = _added_compensation(node)
+    return node.all_input_nodes + ([] if added is None else added.all_input_nodes[0].all_input_nodes)
+
+
+def _added_compensation(node: fx.Node) -> fx.Node | None:
+    """Find the compensation that is added to what a node gives."""
+    return next((n.all_input_nodes[1] for n in node.users if n.target is add_compensation), None)
+
+
 def _same(some: list[Any], others: list[Any]) -> bool:
     """Tell whether a gate gave the same in both runs."""
     pairs = ((a, b) for x, y in zip(some, others, strict=True) for a, b in zip(x, y, strict=True))
@@ -126,7 +137,7 @@ def _can_be_reconstructed(layer: nn.Module | None) -> bool:
 def _reconstruct_layer(gated: fx.GraphModule, node: fx.Node, layer: Any, runs: _Runs) -> None:
     """Solve least squares on what is missing: weight += argmin |change . inputs - missing|^2 + prior |change|^2."""
     source = node.all_input_nodes[0]
-    added = next((n.all_input_nodes[1] for n in node.users if n.target is add_compensation), None)
+    added = _added_compensation(node)
     compensation, kept = _compensation(gated, added, runs) if added is not None else (None, [])
     read = layer.weight[0].numel()
     size = read + (compensation.in_features if compensation is not None else 0)

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from networks import Basic, Network
 from trained import SPEC, network, short
 
 import gatefit
@@ -51,3 +53,22 @@ def test_a_refit_is_the_least_squares_answer(dense, digits):
     assert (gated(x) - model(x)).abs().max() < 0.1 * worst
     merged = second.weight[:, 0] + second.weight[:, 1]
     assert torch.allclose(gated.get_parameter("blocks.1.conv2.weight")[:, 1], merged, atol=0.05)
+
+
+class ShortcutFirst(Basic):
+    """The projection shortcut stands before the branch: the block's input is read no more behind conv1."""
+
+    def forward(self, x):
+        identity = self.down(x)
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + identity)
+
+
+def test_a_refit_of_a_block_that_computes_its_shortcut_first():
+    torch.manual_seed(0)
+    model = Network(ShortcutFirst(8, 16, 2)).eval()
+    x = torch.randn(50, *SPEC.shape)
+    gated = gatefit.retrofit(model, x[:2], "c", "step", True)
+    gates_of(gated)["blocks.0"].channel.bias.data[:8] = -1
+    worst = (gated.eval()(x) - model(x)).square().mean()
+    assert reconstruct(gated, [x]) > 0
+    assert (gated(x) - model(x)).square().mean() < 0.5 * worst
