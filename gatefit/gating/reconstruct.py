@@ -43,7 +43,8 @@ def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], on_progress: O
     Example: a linear layer has the weight 2. With all gates open it reads 1 and gives 2; gated, it reads 0.5 and
     gives 1. Its weight moves towards 4, which gives 2 again; the ridge keeps it a little nearer to 2.
 
-    Grouped convolutions keep their weights, and so do layers that are called more than once; BN statistics stay.
+    Grouped convolutions keep their weights, and so do layers that are called more than once and frozen ones
+    (`requires_grad=False`); BN statistics stay.
 
     Args:
         gated: from `retrofit`, its thresholds as they will be used.
@@ -63,7 +64,7 @@ def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], on_progress: O
             break
         changed = runs.run_open(node)
         layer = module_of(gated, node)
-        if changed and _can_be_reconstructed(layer) and calls[str(node.target)] == 1:
+        if changed and _can_be_reconstructed(node, layer) and calls[str(node.target)] == 1:
             _reconstruct_layer(gated, node, layer, runs)
             reconstructed += 1
         runs.run_gated(node, changed)
@@ -128,7 +129,11 @@ def _same(some: list[Any], others: list[Any]) -> bool:
     return all(a is b or torch.equal(a, b) for a, b in pairs)
 
 
-def _can_be_reconstructed(layer: nn.Module | None) -> bool:
+def _can_be_reconstructed(node: fx.Node, layer: nn.Module | None) -> bool:
+    if layer is not None and "weight" not in layer._parameters:
+        return False  # computed from other parameters
+    if type(layer) in (nn.Conv2d, nn.Linear) and not layer.weight.requires_grad and _added_compensation(node) is None:
+        return False
     if type(layer) is nn.Conv2d:
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return type(layer) is nn.Linear
@@ -139,26 +144,29 @@ def _reconstruct_layer(gated: fx.GraphModule, node: fx.Node, layer: Any, runs: _
     source = node.all_input_nodes[0]
     added = _added_compensation(node)
     compensation, kept = _compensation(gated, added, runs) if added is not None else (None, [])
-    read = layer.weight[0].numel()
+    moves = layer.weight.requires_grad
+    read = layer.weight[0].numel() if moves else 0
     size = read + (compensation.in_features if compensation is not None else 0)
     gram = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
     cross = torch.zeros(size, layer.weight.shape[0], dtype=torch.float64, device=layer.weight.device)
     images = sum(len(x) for x in runs.images)
     for i, x in enumerate(runs.actual[source]):
         missing = runs.open[node][i] - layer(x)
-        inputs = _inputs(layer, x)
+        inputs = [_inputs(layer, x)] if moves else []
         if compensation is not None:
             missing = add_compensation(missing, -compensation(kept[i]), 1 if isinstance(layer, nn.Conv2d) else -1)
-            inputs = torch.cat([inputs, kept[i][:, :, None].expand(-1, -1, inputs.shape[2])], 1)
         goal = missing.flatten(2) if isinstance(layer, nn.Conv2d) else _positions(missing)
-        rows, goals = inputs.transpose(0, 1).flatten(1), goal.transpose(0, 1).flatten(1)
+        if compensation is not None:
+            inputs.append(kept[i][:, :, None].expand(-1, -1, goal.shape[2]))
+        rows, goals = torch.cat(inputs, 1).transpose(0, 1).flatten(1), goal.transpose(0, 1).flatten(1)
         if (every := rows.shape[1] // POSITIONS) > 1:
             rows, goals = rows[:, ::every], goals[:, ::every]
         gram += (rows @ rows.T).double()
         cross += (rows @ goals.T).double()
     gram.diagonal().mul_(1 + PRIOR_IMAGES / images).add_(1e-12 * gram.diagonal().max() + 1e-30)
     change = torch.linalg.solve(gram, cross).T.to(layer.weight.dtype)
-    layer.weight.add_(change[:, :read].reshape(layer.weight.shape))
+    if moves:
+        layer.weight.add_(change[:, :read].reshape(layer.weight.shape))
     if compensation is not None and added is not None:
         compensation.weight.add_(change[:, read:])
         runs.actual[added] = [compensation(k) for k in kept]  # what comes next must see the new one

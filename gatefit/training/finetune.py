@@ -9,12 +9,12 @@ from torch import fx, nn
 
 from gatefit.errors import RecipeError
 from gatefit.gating.cost import costs_of
-from gatefit.gating.gates import gates_of
+from gatefit.gating.gates import PREFIX, gates_of
 from gatefit.gating.info import info_of
 from gatefit.gating.threshold import smallest_share
 from gatefit.inputs.data import ImageSet, Source, as_images
 from gatefit.inputs.models import InputSpec, output_count
-from gatefit.progress import OnProgress, silent
+from gatefit.progress import OnProgress, Progress, silent
 from gatefit.recipe import ClosingPart, DistillationPart, FinetunePart
 from gatefit.renamed import renamed_argument
 from gatefit.training.gate_closing import GateClosing
@@ -43,6 +43,8 @@ def finetune(
     resume: bool = False,
 ) -> list[Epoch]:
     """Train a gated network so that its gates close, in place; leave it in eval mode.
+
+    Parameters that are frozen (`requires_grad=False`) stay as they are, in the reconstruction too.
 
     Args:
         gated: from `retrofit`.
@@ -76,6 +78,7 @@ def finetune(
         closing = replace(closing, l1=l1, target=target)
     closing = resolve(loop, closing, start, teacher is not None)
     check_settings(gated, images, loop, closing, start)
+    _tell_of_frozen(gated, on_progress)
     controller = GateClosing(gated, images, loop, closing, start, seed, on_progress)
     trainer = Trainer(
         gated,
@@ -144,6 +147,15 @@ def resolve(loop: FinetunePart, closing: ClosingPart, start: str, trained: bool)
     if closing.ramp is None or not loop.epochs:
         closing = replace(closing, ramp=0.0 if trained or not loop.epochs else SCRATCH_RAMP)
     return closing
+
+
+def _tell_of_frozen(gated: fx.GraphModule, on_progress: OnProgress) -> None:
+    """Say how much of the network stays as it is because its owner froze it."""
+    own = [p for name, p in gated.named_parameters() if not name.startswith(f"{PREFIX}.")]
+    frozen = sum(not p.requires_grad for p in own)
+    if frozen:
+        text = f"{frozen} of the network's {len(own)} parameter tensors are frozen (requires_grad=False) and stay so"
+        on_progress(Progress("fine-tune", 0, 0, message=text))
 
 
 @contextmanager

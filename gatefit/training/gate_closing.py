@@ -10,7 +10,7 @@ from gatefit.gating.cost import costs_of, decisions_of
 from gatefit.gating.gates import gates_of
 from gatefit.gating.info import info_of
 from gatefit.gating.initialise import initialise_from_data
-from gatefit.gating.penalty import salience_penalty
+from gatefit.gating.penalty import signed_salience_penalty
 from gatefit.gating.reconstruct import images_that_fit, reconstruct
 from gatefit.gating.threshold import GAIN, lower, price_threshold, threshold_for
 from gatefit.inputs.data import ImageSet, normalise
@@ -81,7 +81,7 @@ class GateClosing:
     def penalty(self) -> Tensor | None:
         """Give the L1 term of the last forward, a scalar; None without an L1 coefficient."""
         c = self.closing
-        return c.l1 * salience_penalty(self.gated, c.penalty) if c.l1 else None
+        return c.l1 * signed_salience_penalty(self.gated, c.penalty) if c.l1 else None
 
     def step(self, step: int, steps: int, average: Callable[[float], float]) -> None:
         """Move the threshold: towards the ramp of the target, or along the ramp of the price."""

@@ -198,6 +198,17 @@ def test_the_users_own_loop_needs_one_call():
     assert float(gatefit.salience_penalty(_ran(gated)).detach()) < 0.9 * before
 
 
+def test_the_penalty_is_never_negative():
+    """In training the leaky ReLU-1 gives closed gates negative saliences; a norm counts their size."""
+    gated = gatefit.retrofit(make("basic").train(), images())
+    for gate in gates_of(gated).values():
+        for fc in gate.layers:
+            fc.bias.data.fill_(-100)
+    assert float(gatefit.salience_penalty(_ran(gated), "plain").detach()) == pytest.approx(26)
+    gatefit.salience_penalty(gated).backward()
+    assert all(bool((fc.bias.grad < 0).all()) for gate in gates_of(gated).values() for fc in gate.layers)
+
+
 def test_penalty_counts_saliences():
     gated = gatefit.retrofit(make("basic").train(), images())
     gated(images())

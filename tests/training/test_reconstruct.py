@@ -72,3 +72,28 @@ def test_a_refit_of_a_block_that_computes_its_shortcut_first():
     worst = (gated.eval()(x) - model(x)).square().mean()
     assert reconstruct(gated, [x]) > 0
     assert (gated(x) - model(x)).square().mean() < 0.5 * worst
+
+
+@pytest.mark.parametrize("compensation", [False, True])
+def test_a_refit_leaves_frozen_weights_alone(compensation, dense):
+    x = torch.randn(50, *SPEC.shape)
+    gated = gatefit.retrofit(dense, x[:2], "c", "step", compensation)
+    list(gates_of(gated).values())[1].channel.bias.data[:4] = -1
+    frozen = {n: p for n, p in gated.named_parameters() if not n.startswith("gatefit.")}
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    before = copy.deepcopy(gated.state_dict())
+    assert (reconstruct(gated, [x]) > 0) == compensation  # the compensation is new, and moves
+    changed = {k for k, v in gated.state_dict().items() if not torch.equal(v, before[k])}
+    assert not changed & frozen.keys() and bool(changed) == compensation
+
+
+def test_finetune_says_what_is_frozen(dense, digits):
+    messages = []
+    gated = gatefit.retrofit(dense, torch.zeros(2, *SPEC.shape), "c", "step")
+    gated.get_parameter("head.weight").requires_grad_(False)
+    before = gated.get_parameter("head.weight").clone()
+    options = short(epochs=1, target=0.7)
+    gatefit.finetune(gated, digits, dense, on_progress=lambda step: messages.append(step.message), **options)
+    assert torch.equal(gated.get_parameter("head.weight"), before)
+    assert any("1 of the network's" in m and "frozen" in m for m in messages if m)
