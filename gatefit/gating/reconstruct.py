@@ -130,9 +130,9 @@ def _same(some: list[Any], others: list[Any]) -> bool:
 
 
 def _can_be_reconstructed(node: fx.Node, layer: nn.Module | None) -> bool:
-    if layer is not None and "weight" not in layer._parameters:
-        return False  # computed from other parameters
-    if type(layer) in (nn.Conv2d, nn.Linear) and not layer.weight.requires_grad and _added_compensation(node) is None:
+    if not isinstance(layer, nn.Conv2d | nn.Linear) or "weight" not in layer._parameters:
+        return False  # without a weight of its own it is computed from other parameters
+    if not layer.weight.requires_grad and _added_compensation(node) is None:
         return False
     if type(layer) is nn.Conv2d:
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)

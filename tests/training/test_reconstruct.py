@@ -78,7 +78,10 @@ def test_a_refit_of_a_block_that_computes_its_shortcut_first():
 def test_a_refit_leaves_frozen_weights_alone(compensation, dense):
     x = torch.randn(50, *SPEC.shape)
     gated = gatefit.retrofit(dense, x[:2], "c", "step", compensation)
-    list(gates_of(gated).values())[1].channel.bias.data[:4] = -1
+    gate = list(gates_of(gated).values())[1]
+    gate.channel.bias.data[:4] = -1
+    if compensation:
+        gate.threshold[:4] = 2
     frozen = {n: p for n, p in gated.named_parameters() if not n.startswith("gatefit.")}
     for parameter in frozen.values():
         parameter.requires_grad_(False)
