@@ -10,6 +10,7 @@ from gatefit.errors import ConversionError, RecipeError
 from gatefit.gating.gates import PREFIX, Gate, GateForm, GateResult
 from gatefit.gating.info import GatedInfo, GateKinds, set_info
 from gatefit.gating.verify import verify
+from gatefit.graph.accept import unwrap
 from gatefit.graph.blocks import FoundBlocks, ResidualBlock, match_blocks
 from gatefit.graph.channels import with_channel_units
 from gatefit.graph.edit import insert_behind
@@ -23,7 +24,7 @@ def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
     """Find every residual block of a network and what its gates would control.
 
     Args:
-        model: a network that torch.fx can trace; untouched.
+        model: a network that torch.fx can trace; untouched. `nn.DataParallel` and `torch.compile` are looked into.
         example: an input (B, C, H, W). By default of the size that the network's own
             `pretrained_cfg` (timm) names, else (2, 3, 224, 224).
 
@@ -33,6 +34,7 @@ def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
     Raises:
         ConversionError: the network cannot be traced or does not take the example.
     """
+    model = unwrap(model)
     return _find(model, default_example(model) if example is None else example)[1]
 
 
@@ -51,7 +53,8 @@ def retrofit(
     (see `gatefit.gating.verify`); what was checked stands in `gatefit.gating.info.info_of(gated).verification`.
 
     Args:
-        model: the trained network; weights, mode and hooks are left untouched.
+        model: the trained network; weights, mode and hooks are left untouched. The copy is of the network inside
+            `nn.DataParallel` or `torch.compile`.
         example: see `find_blocks`; the result takes other batch and image sizes too.
         gates: "lc" (both), "l" (block gates alone) or "c" (channel gates alone).
         form: form of the saliences, see `gatefit.gating.gates.GateForm`.
@@ -64,6 +67,9 @@ def retrofit(
 
     Source: arXiv 2007.15151, joint form: both gates in parallel to the block on one shared pooling.
     """
+    model = unwrap(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConversionError("the network is on the meta device and has no weights; load them before gating it")
     example = default_example(model) if example is None else example
     gated = rewrite(model, example, gates, form, compensation)
     set_info(gated, reference=recognise(model), verification=verify(model, gated, _random_like(model, example)))
@@ -98,6 +104,11 @@ def rewrite(
 
 def no_block_message(model: str, found: FoundBlocks) -> str:
     """Say in one line why a network cannot be gated."""
+    if found.blocks:
+        shown = "; ".join(f"{b.name}: {b.no_channel_gate}" for b in found.blocks[:3])
+        more = f"; and {len(found.blocks) - 3} more" if len(found.blocks) > 3 else ""
+        blocks = f"{len(found.blocks)} residual blocks ({shown}{more})"
+        return f"{model} has no channels to gate in its {blocks}; gates='l' gates whole blocks"
     if not found.skipped:
         return f"{model} has no residual block to gate: there is not one addition of two tensors in it"
     shown = "; ".join(f"{s.node}: {s.reason}" for s in found.skipped[:3])

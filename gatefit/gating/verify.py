@@ -30,17 +30,17 @@ class Verification:
 def verify(model: nn.Module, gated: fx.GraphModule, image: Tensor, seed: int = 0) -> Verification:
     """Check a fresh conversion in eval mode on the batch `image` (B, C, H, W); both networks stay as they are.
 
-    Identity: all outputs of `gated` equal those of `model` to the bit. Corruption: with half of the units and
+    Purity: a second call of `model` gives the same, and none changes a buffer. Identity: all outputs of `gated` equal
+    those of `model` to the bit. Corruption: with half of the units and
     half of the blocks closed, overwriting everything that is claimed dead changes no bit of the outputs.
 
     Raises:
-        ConversionError: either does not hold, or the outputs are not finite.
+        ConversionError: one of them does not hold, or the outputs are not finite.
     """
     with _reproducible():
-        before = _outputs(copy.deepcopy(model).eval(), image)
+        before = _pure_outputs(model, image)
+        _check_training(model, gated, image)
         subject = copy.deepcopy(gated).eval()
-        if not all(bool(t.isfinite().all()) for t in before):
-            raise ConversionError("the original network's outputs on random images are not finite; check its weights")
         if not _equal(before, _outputs(subject, image)):
             raise ConversionError("refused: with all gates open the converted network differs from the original")
         generator = torch.Generator().manual_seed(seed)
@@ -73,6 +73,64 @@ def verify(model: nn.Module, gated: fx.GraphModule, image: Tensor, seed: int = 0
         if not _equal(outputs, _outputs(subject, image)):
             raise ConversionError("refused: skipped blocks still change the converted network's outputs")
     return Verification(sum(t.numel() for t in before), units, blocks)
+
+
+def _pure_outputs(model: nn.Module, image: Tensor) -> list[Tensor]:
+    """Give the original's outputs in eval mode, if calls leave no trace: a graph would not keep what they change."""
+    original = copy.deepcopy(model).eval()
+    before = _buffers(original)
+    outputs = _outputs(original, image)
+    if not all(bool(t.isfinite().all()) for t in outputs):
+        raise ConversionError("the original network's outputs on random images are not finite; check its weights")
+    if changed := _changed(original, before):
+        raise ConversionError(
+            f"forward changes the buffer {_listed(changed)} in eval mode too, which a gated copy would not do; "
+            "change it outside forward"
+        )
+    if not _equal(outputs, _outputs(original, image)):
+        raise ConversionError(
+            "a second call on the same images gives other outputs (a counter, a moving average, or chance in eval "
+            "mode), which a gated copy would not do; take it out of forward"
+        )
+    return outputs
+
+
+def _check_training(model: nn.Module, gated: fx.GraphModule, image: Tensor) -> None:
+    """Refuse a network of which code of its own changes buffers in train mode, if the gated copy does not."""
+    own = {f"{path}.{name}" if path else name for path, m in model.named_modules() if _is_own(m) for name in m._buffers}
+    if not own:
+        return
+    changes = []
+    for network in (model, gated):
+        trained = copy.deepcopy(network).train()
+        before = _buffers(trained)
+        try:
+            trained(image)
+        except Exception:  # that two random images can be trained on was not asked for
+            return
+        changes.append(_changed(trained, before) & own)
+    if lost := changes[0] - changes[1]:
+        raise ConversionError(
+            f"forward changes the buffer {_listed(lost)} in train mode, which a gated copy would not do; "
+            "change it in a module of its own without convolutions, or outside forward"
+        )
+
+
+def _is_own(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] not in ("torch", "timm", "torchvision")
+
+
+def _buffers(network: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in network.named_buffers()}
+
+
+def _changed(network: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    now = dict(network.named_buffers())
+    return {name for name, value in before.items() if name not in now or not torch.equal(now[name], value)}
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names)[:3])
 
 
 def _outputs(network: nn.Module, image: Tensor) -> list[Tensor]:

@@ -3,8 +3,10 @@
 import copy
 import inspect
 import operator
+import traceback
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError, first_line
+from gatefit.graph.accept import check_copyable, check_hooks
 from gatefit.graph.tracer import ShapeTracer
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -39,14 +42,18 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
         ConversionError: the network cannot be traced, or does not take the example.
     """
     modes = {name: module.training for name, module in model.named_modules()}
-    analysed = _out_of_place(_on_meta(model))
     tracer = ShapeTracer(None if example is None else torch.empty_like(example, device="meta"))
+    check_copyable(model)
+    check_hooks(model, tracer.is_leaf_module)
+    analysed = _out_of_place(_on_meta(model))
     try:
         graph = tracer.trace(analysed, concrete_args=_defaults(model))
     except ConversionError:
         raise
     except Exception as error:
-        raise ConversionError(f"{type(model).__name__} cannot be traced by torch.fx: {first_line(error)}") from error
+        raise ConversionError(
+            f"{type(model).__name__} cannot be traced by torch.fx{_where(error)}: {first_line(error)}{_advice(error)}"
+        ) from error
     root = _out_of_place(copy.deepcopy(model))
     _take_constants(graph, analysed, root)
     _drop_frozen_inputs(graph)
@@ -59,6 +66,20 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     for name, module in traced.named_modules():  # one by one: parts of a network may be frozen in eval mode
         module.training = modes.get(name, model.training)
     return traced
+
+
+def _where(error: BaseException) -> str:
+    """Name the line of the network's own code at which tracing ended."""
+    frames = traceback.extract_tb(error.__traceback__)
+    homes = (Path(torch.__file__).parent, Path(__file__).parents[1])
+    own = [f for f in frames if f.line and not any(home in Path(f.filename).parents for home in homes)]
+    return f" at {Path(own[-1].filename).name}, line {own[-1].lineno} (`{own[-1].line}`)" if own else ""
+
+
+def _advice(error: BaseException) -> str:
+    """Say what to do about code that hangs on values in a tensor."""
+    hangs = isinstance(error, fx.proxy.TraceError) or "or a real number, not '_Shaped" in str(error)
+    return "; what runs must not hang on values in a tensor: use torch.where, or decide by shapes" if hangs else ""
 
 
 def _out_of_place(network: Network) -> Network:

@@ -9,7 +9,6 @@ from torch import nn
 
 import gatefit
 from gatefit.errors import ConversionError, GatefitError, RecipeError
-from gatefit.gating import insert
 from gatefit.gating.gates import PREFIX, gates_of, outputs_of
 from gatefit.gating.info import info_of
 from gatefit.gating.verify import verify
@@ -83,14 +82,15 @@ def test_a_wrong_claim_is_caught():
 def test_the_original_is_untouched(name):
     model = make(name).train()
     calls = []
-    model.register_forward_hook(lambda *_: calls.append(1))
+    layer = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    layer.register_forward_hook(lambda *_: calls.append(1))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     inplace = [getattr(m, "inplace", None) for m in model.modules()]
     gated = gatefit.retrofit(model, images())
     assert model.training and gated.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [getattr(m, "inplace", None) for m in model.modules()] == inplace
-    assert not calls or len(model._forward_hooks) == 1
+    assert len(layer._forward_hooks) == 1
     with torch.no_grad():
         for p in gated.parameters():
             p.add_(1)
@@ -271,7 +271,6 @@ def test_untraced_parameters_have_a_message():
 def test_mask_points_stand_behind_the_activation():
     found = gatefit.find_blocks(make("basic"), images())
     assert found.blocks[0].channel_units.masks == (MaskPoint("relu", 1, 1),)
-    assert insert.no_block_message("x", found).startswith("x has no residual block")
 
 
 def _ran(gated):
