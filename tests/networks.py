@@ -351,6 +351,20 @@ class Looping(Basic):
         return x + self.bn2(self.conv2(y)) + 0.01 * grid if x.size(-1) > 2 else x
 
 
+class Windows(nn.Module):
+    """EfficientViT: layers of the branch run on windows, whose number is folded with the batch."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = conv(c, c, 1), conv(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        y = x.view(b, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5).reshape(4 * b, c, h // 2, w // 2)
+        y = self.conv2(F.relu(self.conv1(y))).view(b, 2, 2, c, h // 2, w // 2)
+        return x + y.permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
 class Network(nn.Module):
     def __init__(self, *blocks: nn.Module, classes: int = 10) -> None:
         super().__init__()
@@ -399,6 +413,7 @@ CASES = {
     "squeeze-excite after the add": Case(lambda: Network(AfterAdd(8)), (8,)),
     "two readers": Case(lambda: Network(TwoReaders(8)), (6,)),
     "looping": Case(lambda: Network(Looping(8, 8)), (8,), "does not depend on the input"),
+    "windows": Case(lambda: Network(Windows(8)), (0,), "folded with another"),
     "no residual": Case(lambda: Network(nn.Sequential(conv(8, 8), nn.ReLU())), ()),
     "heavy shortcut": Case(lambda: Network(HeavyShortcut(8)), (), "no shortcut"),
 }

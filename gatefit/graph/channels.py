@@ -116,6 +116,7 @@ def _units_from(
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise _NoChannelGate("transposed convolution")
     axis, channels = _output_channels(start, module)
+    _check_batch(start, next(n for n in traced.graph.nodes if n.name == block.entry))
     walk = _Walk(traced, set(block.nodes), channels, channels, lenient=lenient)
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         walk.units = gcd(channels, module.groups)
@@ -160,6 +161,13 @@ def _units_from(
 def _check_called_once(traced: fx.GraphModule, node: fx.Node) -> None:
     if len(traced.graph.find_nodes(op="call_module", target=node.target)) > 1:
         raise _NoChannelGate(f"the weights of '{node.target}' are used more than once")
+
+
+def _check_batch(node: fx.Node, before: fx.Node) -> None:
+    """Refuse channels that are not those of one image, such as those of a window: gates decide for each image."""
+    shape, expected = shape_of(node), shape_of(before)
+    if shape is None or expected is None or shape[0] != expected[0]:
+        raise _NoChannelGate(f"the batch axis of '{node.name}' is folded with another, as of windows")
 
 
 def _check_plain(module: nn.Module) -> None:
@@ -234,6 +242,7 @@ def _follow(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
     shape, before = shape_of(user), shape_of(node)
     if shape is None or before is None or len(shape) != len(before) or shape[axis] != walk.channels * wide:
         raise _NoChannelGate(f"'{user.name}' moves its channels")
+    _check_batch(user, node)
     walk.keeps_zero[node, user] = keeps
     fresh = user not in walk.aligned
     if not fresh and walk.aligned[user] != (axis, wide):
