@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
@@ -121,14 +122,23 @@ def model_card(config: Config, repo_id: str) -> str:
     place = repr(repo_id or _HERE)
     call = f"gatefit.from_pretrained({place}{', model=...' if needs_model else ''})".replace("'", '"')
     note = "`model=` takes the original architecture, with any weights.\n\n" if needs_model else ""
-    channels, height, width = config.input["shape"]
     return (
         f"---\n{header.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2] or f'{original}, gated'}\n\n"
         f"{original} with gates, made by gatefit: for each image the network runs only the blocks and channels that "
         f"this image needs.\n\n{_figures_table(config.figures)}"
         f"## How to load it\n\n```python\nimport gatefit\n\ngated = {call}\n```\n\n{note}"
+        f"{_input_line(config.input)}\n"
+    )
+
+
+def _input_line(spec: dict[str, Any]) -> str:
+    """Say what a network takes."""
+    if len(spec["shape"]) != 3:
+        return f"Its first input has the shape ({', '.join(['B', *map(str, spec['shape'])])})."
+    channels, height, width = spec["shape"]
+    return (
         f"It takes images of {height}x{width} pixels and {channels} channels, normalised with mean "
-        f"{list(config.input['mean'])} and standard deviation {list(config.input['std'])}.\n"
+        f"{list(spec['mean'])} and standard deviation {list(spec['std'])}."
     )
 
 

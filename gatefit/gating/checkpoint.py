@@ -15,6 +15,7 @@ from gatefit.folder import CONFIG, ORIGINAL, WEIGHTS, Config, Figures, read_conf
 from gatefit.gating.gates import PREFIX, Gate, gates_of
 from gatefit.gating.info import info_of, set_info
 from gatefit.gating.insert import rewrite
+from gatefit.graph.example import Example
 from gatefit.inputs.models import InputSpec, ModelReference, build, from_registry, load_weights
 
 
@@ -57,12 +58,13 @@ def save(
     write_config(folder, config)
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule:
+def load(folder: str | Path, model: nn.Module | None = None, example: Example | None = None) -> fx.GraphModule:
     """Read a gated network that `save` wrote, in eval mode; its outputs are the same to the bit.
 
     Args:
         folder: where it was saved.
         model: the original architecture (any weights), for networks that neither timm nor torchvision has.
+        example: what `retrofit` was given, for networks of several inputs.
 
     Raises:
         CheckpointError: the folder is incomplete, truncated, tampered with, or does not fit the network.
@@ -83,7 +85,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> fx.GraphModule:
             model = build(reference)
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.input.items()}
         spec = InputSpec(**given)
-        example = torch.zeros(2, *spec.shape)
+        example = torch.zeros(2, *spec.shape) if example is None else example
         gated = rewrite(model.eval(), example, part["gates"], part["form"], part["compensation"])
         if _blocks(gated) != part["blocks"]:
             raise CheckpointError(f"{folder}: its gates do not fit the network that {CONFIG} names")

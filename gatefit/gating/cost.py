@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.decisions import BlockDecision, Decisions, Placement
 from gatefit.gating.gates import gates_of, outputs_of
+from gatefit.graph.example import takes_one_tensor
 from gatefit.graph.macs import layer_name, node_macs
 from gatefit.graph.trace import propagate_shapes
 
@@ -94,13 +95,18 @@ class GateDecider:
 
 
 def costs_of(gated: fx.GraphModule, image_shape: tuple[int, ...]) -> GateCosts:
-    """Compute the MACs of a gated network for images of shape (C, H, W), from its graph.
+    """Compute the MACs of a gated network for inputs of shape (C, H, W) or another, from its graph.
+
+    A network of several inputs has those of the example that it was converted with.
 
     Raises:
-        ConversionError: the network does not take images of that shape.
+        ConversionError: the network does not take inputs of that shape.
     """
     analysed = copy.deepcopy(gated)
-    propagate_shapes(analysed, torch.zeros(2, *image_shape, dtype=next(gated.parameters()).dtype, device="meta"))
+    if takes_one_tensor(gated):
+        recorded = gated.graph.find_nodes(op="placeholder")[0].meta.get("dtype", torch.float32)
+        dtype = next(gated.parameters()).dtype if recorded.is_floating_point else recorded
+        propagate_shapes(analysed, torch.zeros(2, *image_shape, dtype=dtype, device="meta"))
     gates = gates_of(gated)
     paths = tuple(f"{name}." for name, m in gated.named_modules() if m in set(gates.values()))
     macs = {n.name: node_macs(analysed, n) for n in analysed.graph.nodes if not layer_name(n).startswith(paths)}

@@ -8,6 +8,7 @@ from torch import fx
 from gatefit.errors import GatefitError
 from gatefit.gating.gates import GateForm
 from gatefit.gating.verify import Verification
+from gatefit.graph.example import takes_one_tensor
 from gatefit.inputs.models import InputSpec, ModelReference
 
 GateKinds = Literal["lc", "l", "c"]
@@ -40,6 +41,23 @@ def info_of(gated: fx.GraphModule) -> GatedInfo:
     if not isinstance(info, GatedInfo):
         raise GatefitError("this network has no gates; call gatefit.retrofit(model) first")
     return info
+
+
+def image_spec(gated: fx.GraphModule) -> InputSpec:
+    """Return what images a gated network takes.
+
+    Raises:
+        GatefitError: it takes something else than one batch of images (B, C, H, W), or it has no gates.
+    """
+    spec = info_of(gated).input
+    if len(spec.shape) == 3 and takes_one_tensor(gated):
+        return spec
+    shape = ", ".join(["B", *(str(size) for size in spec.shape)])
+    what = f"inputs ({shape})" if takes_one_tensor(gated) else "several inputs"
+    raise GatefitError(
+        f"this network takes {what}, and this part of gatefit knows batches of images (B, C, H, W) alone; train "
+        "it in a loop of your own with gatefit.salience_penalty"
+    )
 
 
 def set_info(gated: fx.GraphModule, info: GatedInfo | None = None, **changes: Any) -> None:

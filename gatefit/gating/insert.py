@@ -14,19 +14,20 @@ from gatefit.graph.accept import unwrap
 from gatefit.graph.blocks import FoundBlocks, ResidualBlock, match_blocks
 from gatefit.graph.channels import with_channel_units
 from gatefit.graph.edit import insert_behind
+from gatefit.graph.example import Example, first_tensor, random_like
 from gatefit.graph.ops import add_compensation, harden, scale
 from gatefit.graph.trace import trace
 from gatefit.inputs.models import input_spec, recognise
 from gatefit.renamed import renamed_argument
 
 
-def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
+def find_blocks(model: nn.Module, example: Example | None = None) -> FoundBlocks:
     """Find every residual block of a network and what its gates would control.
 
     Args:
         model: a network that torch.fx can trace; untouched. `nn.DataParallel` and `torch.compile` are looked into.
-        example: an input (B, C, H, W). By default of the size that the network's own
-            `pretrained_cfg` (timm) names, else (2, 3, 224, 224).
+        example: an input, such as images (B, C, H, W); a tuple of several inputs, or a dictionary by their names. By
+            default images of the size that the network's own `pretrained_cfg` (timm) names, else (2, 3, 224, 224).
 
     Returns:
         FoundBlocks: `.blocks`, `.skipped` (each addition refused, with the reason), `.macs` (dense, per image).
@@ -41,7 +42,7 @@ def find_blocks(model: nn.Module, example: Tensor | None = None) -> FoundBlocks:
 @renamed_argument("fill", "compensation")
 def retrofit(
     model: nn.Module,
-    example: Tensor | None = None,
+    example: Example | None = None,
     gates: GateKinds = "lc",
     form: GateForm = "relu1",
     compensation: bool = False,
@@ -72,12 +73,12 @@ def retrofit(
         raise ConversionError("the network is on the meta device and has no weights; load them before gating it")
     example = default_example(model) if example is None else example
     gated = rewrite(model, example, gates, form, compensation)
-    set_info(gated, reference=recognise(model), verification=verify(model, gated, _random_like(model, example)))
+    set_info(gated, reference=recognise(model), verification=verify(model, gated, random_like(model, example)))
     return gated
 
 
 def rewrite(
-    model: nn.Module, example: Tensor, gates: GateKinds = "lc", form: GateForm = "relu1", compensation: bool = False
+    model: nn.Module, example: Example, gates: GateKinds = "lc", form: GateForm = "relu1", compensation: bool = False
 ) -> fx.GraphModule:
     """Retrofit without the check: for a network whose conversion was checked before."""
     if gates not in ("lc", "l", "c"):
@@ -97,7 +98,7 @@ def rewrite(
         _insert_skip(traced.graph, nodes, block, parts.block)
     traced.graph.lint()
     traced.recompile()
-    spec = replace(input_spec(model), shape=_image_shape(example))
+    spec = replace(input_spec(model), shape=tuple(first_tensor(example).shape[1:]))
     set_info(traced, GatedInfo(gates, form, compensation, spec))
     return traced
 
@@ -121,21 +122,7 @@ def default_example(model: nn.Module, batch: int = 2) -> Tensor:
     return torch.zeros(batch, *input_spec(model).shape, device="meta")
 
 
-def _image_shape(example: Tensor) -> tuple[int, int, int]:
-    if example.dim() != 4:
-        raise ConversionError(f"the example must be a batch of images (B, C, H, W), not {tuple(example.shape)}")
-    channels, height, width = example.shape[1:]
-    return channels, height, width
-
-
-def _random_like(model: nn.Module, example: Tensor) -> Tensor:
-    parameter = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, *example.shape[1:], generator=generator)
-    return image.to(parameter.device, parameter.dtype)
-
-
-def _find(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, FoundBlocks]:
+def _find(model: nn.Module, example: Example) -> tuple[fx.GraphModule, FoundBlocks]:
     if next(model.parameters(), None) is None:
         raise ConversionError(f"{type(model).__name__} has no parameters; pass a trained network")
     if hasattr(model, PREFIX):

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from gatefit.errors import ConversionError
 from gatefit.gating.gates import Gate, gates_of
+from gatefit.graph.example import Example, call
 from gatefit.graph.trace import call_counts
 
 
@@ -27,8 +28,8 @@ class Verification:
 
 
 @torch.no_grad()
-def verify(model: nn.Module, gated: fx.GraphModule, image: Tensor, seed: int = 0) -> Verification:
-    """Check a fresh conversion in eval mode on the batch `image` (B, C, H, W); both networks stay as they are.
+def verify(model: nn.Module, gated: fx.GraphModule, image: Example, seed: int = 0) -> Verification:
+    """Check a fresh conversion in eval mode on the example `image`; both networks stay as they are.
 
     Purity: a second call of `model` gives the same, and none changes a buffer. Identity: all outputs of `gated` equal
     those of `model` to the bit. Corruption: with half of the units and
@@ -75,7 +76,7 @@ def verify(model: nn.Module, gated: fx.GraphModule, image: Tensor, seed: int = 0
     return Verification(sum(t.numel() for t in before), units, blocks)
 
 
-def _pure_outputs(model: nn.Module, image: Tensor) -> list[Tensor]:
+def _pure_outputs(model: nn.Module, image: Example) -> list[Tensor]:
     """Give the original's outputs in eval mode, if calls leave no trace: a graph would not keep what they change."""
     original = copy.deepcopy(model).eval()
     before = _buffers(original)
@@ -95,7 +96,7 @@ def _pure_outputs(model: nn.Module, image: Tensor) -> list[Tensor]:
     return outputs
 
 
-def _check_training(model: nn.Module, gated: fx.GraphModule, image: Tensor) -> None:
+def _check_training(model: nn.Module, gated: fx.GraphModule, image: Example) -> None:
     """Refuse a network of which code of its own changes buffers in train mode, if the gated copy does not."""
     own = {f"{path}.{name}" if path else name for path, m in model.named_modules() if _is_own(m) for name in m._buffers}
     if not own:
@@ -105,7 +106,7 @@ def _check_training(model: nn.Module, gated: fx.GraphModule, image: Tensor) -> N
         trained = copy.deepcopy(network).train()
         before = _buffers(trained)
         try:
-            trained(image)
+            call(trained, image)
         except Exception:  # that two random images can be trained on was not asked for
             return
         changes.append(_changed(trained, before) & own)
@@ -133,8 +134,8 @@ def _listed(names: set[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names)[:3])
 
 
-def _outputs(network: nn.Module, image: Tensor) -> list[Tensor]:
-    return [t for t in tree_flatten(network(image))[0] if isinstance(t, Tensor)]
+def _outputs(network: nn.Module, image: Example) -> list[Tensor]:
+    return [t for t in tree_flatten(call(network, image))[0] if isinstance(t, Tensor)]
 
 
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -391,7 +391,7 @@ def _channel_axis(traced: fx.GraphModule, entry: fx.Node, cone: set[fx.Node]) ->
                 return 1
             seen.add(user)
             (reshaped if behind or shape_of(user) != shape else alike).append(user)
-    return 1 if len(shape) == 4 else len(shape) - 1
+    return 1 if len(shape) > 3 else len(shape) - 1
 
 
 def _nest(blocks: list[ResidualBlock]) -> tuple[ResidualBlock, ...]:

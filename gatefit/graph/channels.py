@@ -10,6 +10,7 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import gcd
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,13 @@ _ZERO_KEEPING = (
 )  # fmt: skip
 _ZERO_LOSING = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid)
 _POOLS = (
-    nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+    nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
 )  # fmt: skip
 _ZERO_KEEPING_CALLS = {
-    F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.leaky_relu, F.elu, F.mish, F.tanh, F.avg_pool2d, F.max_pool2d,
-    F.adaptive_avg_pool2d, torch.relu, torch.tanh, "relu", "contiguous", "tanh",
+    F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.leaky_relu, F.elu, F.mish, F.tanh, torch.relu, torch.tanh,
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, "relu", "contiguous", "tanh",
 }  # fmt: skip
 _ZERO_LOSING_CALLS = {F.sigmoid, F.hardsigmoid, F.softplus, torch.sigmoid, "sigmoid"}
 _PRODUCTS = {operator.mul, torch.mul, "mul"}
@@ -303,9 +306,14 @@ def _keeps_zero(module: nn.Module) -> bool | None:
 
 
 def _spatial_mean(node: fx.Node) -> bool:
-    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    """Tell whether a mean is over all positions of (B, C, ...), and keeps its axes."""
+    shape = shape_of(node)
+    dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     keepdim = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
-    return bool(keepdim) and dims in ((2, 3), [2, 3], (-2, -1), [-2, -1], (-1, -2), [-1, -2])
+    if not keepdim or shape is None or not isinstance(dims, int | tuple | list):
+        return False
+    axes = sorted(d % len(shape) for d in ([dims] if isinstance(dims, int) else dims))
+    return axes == list(range(2, len(shape)))
 
 
 def _only_consumer(walk: _Walk, masked: set[fx.Node]) -> Consumer | None:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError, first_line
 from gatefit.graph.accept import check_copyable, check_hooks
+from gatefit.graph.example import Example, named_inputs, on_meta
 from gatefit.graph.tracer import ShapeTracer
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -28,7 +29,7 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
 }
 
 
-def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
+def trace(model: nn.Module, example: Example | None = None) -> fx.GraphModule:
     """Return a traced deep copy of `model`: out-of-place, without dead nodes, with all original state.
 
     Every tensor node carries `meta["shape"]` (torch.Size, for the batch size of `example`) when an
@@ -36,18 +37,19 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
 
     Args:
         model: any module that torch.fx can trace; untouched.
-        example: input of shape (B, C, H, W); only its shape and dtype are used.
+        example: what it is called with; only shapes and dtypes are used, and floats count as of the network's dtype.
 
     Raises:
         ConversionError: the network cannot be traced, or does not take the example.
     """
     modes = {name: module.training for name, module in model.named_modules()}
-    tracer = ShapeTracer(None if example is None else torch.empty_like(example, device="meta"))
+    inputs = None if example is None else named_inputs(model, on_meta(model, example))
+    tracer = ShapeTracer(inputs)
     check_copyable(model)
     check_hooks(model, tracer.is_leaf_module)
     analysed = _out_of_place(_on_meta(model))
     try:
-        graph = tracer.trace(analysed, concrete_args=_defaults(model))
+        graph = tracer.trace(analysed, concrete_args=_defaults(model, inputs))
     except ConversionError:
         raise
     except Exception as error:
@@ -56,7 +58,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
         ) from error
     root = _out_of_place(copy.deepcopy(model))
     _take_constants(graph, analysed, root)
-    _drop_frozen_inputs(graph)
+    _drop_frozen_inputs(graph, inputs)
     _functionalise(graph)
     traced = fx.GraphModule(root, graph, class_name=type(model).__name__)
     traced.graph.eliminate_dead_code()
@@ -153,14 +155,18 @@ def path_of(node: fx.Node) -> str:
     return str(next(reversed(stack))) if stack else ""
 
 
-def _defaults(root: nn.Module) -> dict[str, Any]:
-    """Bake in every argument of forward but the first with its default."""
-    parameters = list(inspect.signature(root.forward).parameters.values())[1:]
+def _defaults(root: nn.Module, inputs: dict[str, Any] | None) -> dict[str, Any]:
+    """Bake in the default of every argument of forward that is no input; of unknown inputs there is one, the first."""
+    parameters = list(inspect.signature(root.forward).parameters.values())
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = [p for p in parameters if p.kind not in variadic]
+    given = {p.name for p in parameters[:1]} if inputs is None else inputs.keys()
+    named = [p for p in parameters if p.kind not in variadic and p.name not in given]
     needed = [p.name for p in named if p.default is inspect.Parameter.empty]
     if needed:
-        raise ConversionError(f"{type(root).__name__} takes more than one input ({', '.join(needed)})")
+        raise ConversionError(
+            f"{type(root).__name__} takes more than one input ({', '.join(needed)}); pass an example of all: a "
+            "tuple, or a dictionary by their names"
+        )
     return {p.name: p.default for p in named}
 
 
@@ -175,10 +181,11 @@ def _take_constants(graph: fx.Graph, analysed: nn.Module, root: nn.Module) -> No
             setattr(root, name, value)
 
 
-def _drop_frozen_inputs(graph: fx.Graph) -> None:
-    """Drop the placeholders, with a check each, that concrete_args leave behind: the network takes one tensor."""
-    frozen = {n for n in graph.nodes if n.op == "placeholder"}
-    frozen.discard(next(n for n in graph.nodes if n.op == "placeholder"))
+def _drop_frozen_inputs(graph: fx.Graph, inputs: dict[str, Any] | None) -> None:
+    """Erase the placeholders that concrete_args leave behind, with a check each."""
+    placeholders = graph.find_nodes(op="placeholder")
+    names = {str(placeholders[0].target)} if inputs is None else inputs.keys()
+    frozen = {n for n in placeholders if str(n.target).lstrip("*") not in names}
     for node in graph.nodes:
         if any(i in frozen for i in node.all_input_nodes):
             frozen.add(node)

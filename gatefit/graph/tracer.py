@@ -34,25 +34,25 @@ class ShapeTracer(fx.Tracer):
     """Keeps as one node only what has no convolution or linear layer in it, and PyTorch's own modules.
 
     Args:
-        example: what the network will be given, on the meta device; None: shapes stay unknown, as in torch.fx.
+        inputs: what forward will be given, by argument, on the meta device; None: shapes stay unknown, as in torch.fx.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, example: Tensor | None) -> None:
+    def __init__(self, inputs: dict[str, Any] | None) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self.example = example
+        self.inputs = inputs
         self.computing = False
         self._leaves = (*get_notrace_modules(), GlobalResponseNorm)
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
-        """Trace a network on the meta device; its tensor nodes get `meta["shape"]` where an example is given."""
+        """Trace a network on the meta device; where inputs are given, tensor nodes get a shape and dtype in `meta`."""
         with _Recording(self), _recorded_numbers(root):
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             value = node.meta.pop(_VALUE, None)
             if isinstance(value, Tensor):
-                node.meta["shape"] = value.shape
+                node.meta |= {"shape": value.shape, "dtype": value.dtype}
         return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -60,7 +60,7 @@ class ShapeTracer(fx.Tracer):
         if super().is_leaf_module(m, module_qualified_name) or isinstance(m, WEIGHTED):
             return True
         if any(isinstance(s, WEIGHTED) for s in m.modules()):
-            return self.example is None and isinstance(m, self._leaves)
+            return self.inputs is None and isinstance(m, self._leaves)
         return isinstance(m, self._leaves) or any(_branches_on_training(type(s)) for s in m.modules())
 
     def call_module(
@@ -92,7 +92,7 @@ class ShapeTracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         """Record a node and compute its value; numbers are given back as such."""
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
-        if self.example is None:
+        if self.inputs is None:
             return proxy
         value = self._compute(proxy.node)
         proxy.node.meta[_VALUE] = value
@@ -102,7 +102,7 @@ class ShapeTracer(fx.Tracer):
 
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "placeholder":  # others are arguments with a default, which is baked in
-            return self.example if node is next(iter(node.graph.nodes)) else _UNKNOWN
+            return self.inputs.get(str(node.target).lstrip("*"), _UNKNOWN) if self.inputs else _UNKNOWN
         sources = node.all_input_nodes
         if any(s.meta.get(_VALUE, _UNKNOWN) is _UNKNOWN for s in sources):
             return _UNKNOWN
@@ -120,10 +120,11 @@ class ShapeTracer(fx.Tracer):
             assert callable(node.target)
             return node.target(*args, **kwargs)
         except Exception as error:
-            shape = tuple(self.example.shape) if self.example is not None else ()
+            tensors = [leaf for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
+            shapes = " and ".join(str(tuple(t.shape)) for t in tensors)
             raise ConversionError(
-                f"the network does not take an input of shape {shape}: {first_line(error)}; "
-                "pass an example of the size that it was built for"
+                f"the network does not take an input of shape {shapes}: {first_line(error)}; "
+                "pass an example of the size and type that it was built for"
             ) from error
         finally:
             self.computing = False

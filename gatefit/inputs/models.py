@@ -43,9 +43,12 @@ class ModelReference:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a network takes: image shape (C, H, W), and the normalisation and crop that it was trained with."""
+    """What a network takes: image shape (C, H, W), and the normalisation and crop that it was trained with.
 
-    shape: tuple[int, int, int]
+    A network that takes something else than images has the shape of its first input, less the batch.
+    """
+
+    shape: tuple[int, ...]
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     crop: float = 0.875

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from gatefit.errors import DataError
 from gatefit.gating.cost import GateDecider
-from gatefit.gating.info import info_of
+from gatefit.gating.info import image_spec
 from gatefit.inputs.data import Source, as_images, normalise
 from gatefit.inputs.loader import loader
 from gatefit.inputs.models import output_count
@@ -85,7 +85,7 @@ def evaluate(
     Raises:
         DataError: there are no images.
     """
-    spec = info_of(gated).input
+    spec = image_spec(gated)
     images = as_images(data, spec).test
     if not len(images):
         raise DataError("there are no images to evaluate on")

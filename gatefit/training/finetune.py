@@ -10,7 +10,7 @@ from torch import fx, nn
 from gatefit.errors import RecipeError
 from gatefit.gating.cost import costs_of
 from gatefit.gating.gates import PREFIX, gates_of
-from gatefit.gating.info import info_of
+from gatefit.gating.info import image_spec, info_of
 from gatefit.gating.threshold import smallest_share
 from gatefit.inputs.data import ImageSet, Source, as_images
 from gatefit.inputs.models import InputSpec, output_count
@@ -69,7 +69,7 @@ def finetune(
         TrainingError: the loss is not finite.
         CheckpointError: `checkpoint` is damaged or cannot be written.
     """
-    spec = info_of(gated).input
+    spec = image_spec(gated)
     images = as_images(data, spec, seed).train
     if not images.fits(output_count(gated, spec)):
         images = images.unlabelled()
