@@ -72,7 +72,10 @@ class DataPart:
 
 @dataclass(frozen=True)
 class GatesPart:
-    """[gates]: what is retrofitted and how it begins."""
+    """[gates]: what is retrofitted and how it begins.
+
+    The defaults keep more accuracy at equal MACs than the paper's form, which `gatefit.retrofit(model)` gives alone.
+    """
 
     kinds: Literal["lc", "l", "c"] = "c"
     form: Literal["relu1", "step"] = "step"

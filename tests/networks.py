@@ -365,6 +365,17 @@ class Windows(nn.Module):
         return x + y.permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
+class GroupNormed(nn.Module):
+    """Group norm mixes channels: closed ones save their own layer, but nothing behind the norm."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv1, self.norm, self.conv2 = conv(c, c), nn.GroupNorm(2, c), conv(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.norm(self.conv1(x))))
+
+
 class Network(nn.Module):
     def __init__(self, *blocks: nn.Module, classes: int = 10) -> None:
         super().__init__()
@@ -414,6 +425,7 @@ CASES = {
     "two readers": Case(lambda: Network(TwoReaders(8)), (6,)),
     "looping": Case(lambda: Network(Looping(8, 8)), (8,), "does not depend on the input"),
     "windows": Case(lambda: Network(Windows(8)), (0,), "folded with another"),
+    "group norm": Case(lambda: Network(GroupNormed(8)), (8,), "'blocks_0_norm' (GroupNorm), which may mix them"),
     "no residual": Case(lambda: Network(nn.Sequential(conv(8, 8), nn.ReLU())), ()),
     "heavy shortcut": Case(lambda: Network(HeavyShortcut(8)), (), "no shortcut"),
 }

@@ -13,7 +13,7 @@ from gatefit.commands.coverage import Coverage
 from gatefit.deployment.bench.timing import Row, Timing
 from gatefit.deployment.plan import Deployment
 from gatefit.formats import mega, model_title, percent
-from gatefit.graph.blocks import FoundBlocks
+from gatefit.graph.blocks import FoundBlocks, ResidualBlock
 from gatefit.progress import Progress as Step
 
 
@@ -63,7 +63,7 @@ def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
     )
     for name, justify in (
         ("block", "left"), ("MACs", "right"), ("channel gate on", "left"), ("channels", "right"),
-        ("units", "right"), ("MACs that close with them", "right"),
+        ("units", "right"), ("MACs that shrink with them", "right"),
     ):  # fmt: skip
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for block in found.blocks:
@@ -72,7 +72,7 @@ def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
         table.add_row(
             block.name,
             mega(block.macs),
-            gated.target.removeprefix(f"{block.name}.") if gated else f"none: {block.no_channel_gate}",
+            _channel_gate(block),
             str(block.channels or "-"),
             str(block.units or "-"),
             mega(scaled) if gated else "-",
@@ -80,7 +80,8 @@ def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
     console.print(table)
     console.print(
         f"under a block gate: {percent(found.block_share)} of the MACs; "
-        f"under a channel gate: {percent(found.channel_share)}"
+        f"under a channel gate: {percent(found.channel_share)}. These shrink in proportion to the open units; a block "
+        "gate skips the branch whole"
     )
     if found.skipped:
         refused = Table(title=f"{len(found.skipped)} additions refused", title_justify="left")
@@ -89,6 +90,14 @@ def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
         for skipped in found.skipped:
             refused.add_row(skipped.node, skipped.reason)
         console.print(refused)
+
+
+def _channel_gate(block: ResidualBlock) -> str:
+    """Name the layer whose channels a block's gate closes, and say what it cannot reach, or why there is none."""
+    if block.channel_units is None:
+        return f"none: {block.no_channel_gate}"
+    target = block.channel_units.target.removeprefix(f"{block.name}.")
+    return f"{target}; not what reads it: {block.channel_limit}" if block.channel_limit else target
 
 
 def show_coverage(console: Console, found: list[Coverage]) -> None:

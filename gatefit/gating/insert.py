@@ -53,6 +53,9 @@ def retrofit(
     what is new stands under `gatefit.`. `model` stays as it is. The conversion is checked before it is returned
     (see `gatefit.gating.verify`); what was checked stands in `gatefit.gating.info.info_of(gated).verification`.
 
+    The defaults are the paper's form, which trains in any loop. `gatefit convert` makes another, gates="c",
+    form="step", compensation=True: its gates are set from data, which kept more accuracy at equal MACs.
+
     Args:
         model: the trained network; weights, mode and hooks are left untouched. The copy is of the network inside
             `nn.DataParallel` or `torch.compile`.

@@ -116,6 +116,8 @@ class ResidualBlock:
     """Name of the block in whose branch this one lies, if any."""
     no_channel_gate: str = ""
     """Why there is no channel gate; empty where there is one."""
+    channel_limit: str = ""
+    """Why closed channels save no work in what reads them; empty where they do."""
 
     @property
     def channels(self) -> int:

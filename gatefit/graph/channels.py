@@ -83,7 +83,7 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
     """
     macs = {layer.name: layer.macs for layer in block.layers}
     reasons: list[str] = []
-    found: list[tuple[int, ChannelUnits]] = []
+    found: list[tuple[int, ChannelUnits, str]] = []
     behind = {block.entry}  # what is computed from weights alone is the same for all images
     for node in traced.graph.nodes:
         if node.name in block.nodes and any(s.name in behind for s in node.all_input_nodes):
@@ -92,22 +92,24 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
         module = module_of(traced, node)
         if not isinstance(module, WEIGHTED):
             continue
+        limit = ""
         for lenient in (False, True) if isinstance(module, nn.modules.conv._ConvNd) else (False,):
             try:
                 units = _units_from(traced, block, node, module, lenient)
             except _NoChannelGate as stop:
                 if not lenient:
+                    limit = str(stop)
                     reasons.append(f"{layer_name(node)}: {stop}")
                 continue
             saved = sum(macs.get(name, 0) for name in units.scaled)  # those of a nested block count there
-            found.append((saved, units))
+            found.append((saved, units, limit))
             break
     if not found:
         return replace(block, no_channel_gate="; ".join(reasons) or "no convolution or linear layer of its own")
-    most = max(saved for saved, _ in found)
-    units = next(units for saved, units in found if 2 * saved >= most)
+    most = max(saved for saved, _, _ in found)
+    units, limit = next((units, limit) for saved, units, limit in found if 2 * saved >= most)
     layers = tuple(replace(layer, scaled=layer.name in units.scaled) for layer in block.layers)
-    return replace(block, channel_units=units, layers=layers)
+    return replace(block, channel_units=units, layers=layers, channel_limit=limit)
 
 
 def _units_from(

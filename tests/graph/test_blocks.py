@@ -27,7 +27,7 @@ def test_small_networks(name):
     found = gatefit.find_blocks(make(name), images())
     assert tuple(b.units for b in found.blocks) == case.units
     if case.reason:
-        reasons = [s.reason for s in found.skipped] + [b.no_channel_gate for b in found.blocks]
+        reasons = [s.reason for s in found.skipped] + [b.no_channel_gate + b.channel_limit for b in found.blocks]
         assert any(case.reason in r for r in reasons), reasons
 
 

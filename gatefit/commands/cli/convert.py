@@ -36,7 +36,9 @@ def convert(
     target: Annotated[
         float | None, typer.Option(help="Share of the original's MACs (multiply-accumulates) to end at, such as 0.5.")
     ] = None,
-    gates: Annotated[Gates | None, typer.Option(help="Gates of blocks (l), of channels (c), or both (lc).")] = None,
+    gates: Annotated[
+        Gates | None, typer.Option(help="Gates of blocks (l), of channels (c), or both (lc). Default: c.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the fine-tune.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML recipe. Options override it.")] = None,
     settings: Annotated[

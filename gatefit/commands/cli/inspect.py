@@ -54,6 +54,7 @@ def _plain(found: "FoundBlocks") -> dict[str, Any]:
             "units": b.units,
             "target": b.channel_units.target if b.channel_units else None,
             "no_channel_gate": b.no_channel_gate,
+            "channel_limit": b.channel_limit,
             "layers": [asdict(layer) for layer in b.layers],
         }
         for b in found.blocks
