@@ -351,6 +351,14 @@ class Looping(Basic):
         return x + self.bn2(self.conv2(y)) + 0.01 * grid if x.size(-1) > 2 else x
 
 
+def tied(*names: str) -> "Network":
+    """Make a network of two blocks in which two layers have one weight."""
+    network = Network(Basic(8, 8), Basic(8, 8))
+    first, second = (network.get_submodule(name) for name in names)
+    second.weight = first.weight
+    return network
+
+
 class Windows(nn.Module):
     """EfficientViT: layers of the branch run on windows, whose number is folded with the batch."""
 
@@ -426,6 +434,9 @@ CASES = {
     "looping": Case(lambda: Network(Looping(8, 8)), (8,), "does not depend on the input"),
     "windows": Case(lambda: Network(Windows(8)), (0,), "folded with another"),
     "group norm": Case(lambda: Network(GroupNormed(8)), (8,), "'blocks_0_norm' (GroupNorm), which may mix them"),
+    "tied within a block": Case(lambda: tied("blocks.0.conv1", "blocks.0.conv2"), (0, 8), "used more than once"),
+    "tied across blocks": Case(lambda: tied("blocks.0.conv1", "blocks.1.conv2"), (0, 8), "used more than once"),
+    "tied norms": Case(lambda: tied("blocks.0.bn1", "blocks.1.bn1"), (8, 8), ""),
     "no residual": Case(lambda: Network(nn.Sequential(conv(8, 8), nn.ReLU())), ()),
     "heavy shortcut": Case(lambda: Network(HeavyShortcut(8)), (), "no shortcut"),
 }

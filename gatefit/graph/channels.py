@@ -7,6 +7,7 @@ where there is no such point, a mask stands before every consumer that zero does
 """
 
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import gcd
@@ -20,7 +21,7 @@ from torch import fx, nn
 
 from gatefit.graph.blocks import ChannelUnits, Consumer, Factor, FoundBlocks, MaskPoint, ResidualBlock, Slice
 from gatefit.graph.macs import layer_name
-from gatefit.graph.trace import module_of, reads_size, shape_of
+from gatefit.graph.trace import call_counts, module_of, reads_size, shape_of
 from gatefit.graph.tracer import WEIGHTED
 
 _STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
@@ -52,6 +53,8 @@ class _Walk:
     """What the walk has found so far: aligned nodes with (axis, entries per channel of the target)."""
 
     traced: fx.GraphModule
+    calls: Counter[str]
+    """See `gatefit.graph.trace.call_counts`."""
     cone: set[str]
     channels: int
     units: int
@@ -69,10 +72,11 @@ class _Walk:
 
 def with_channel_units(traced: fx.GraphModule, found: FoundBlocks) -> FoundBlocks:
     """Return `found` with the channel units of every block that can take a channel gate."""
-    return replace(found, blocks=tuple(_with_units(traced, block) for block in found.blocks))
+    calls = call_counts(traced)
+    return replace(found, blocks=tuple(_with_units(traced, calls, block) for block in found.blocks))
 
 
-def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
+def _with_units(traced: fx.GraphModule, calls: Counter[str], block: ResidualBlock) -> ResidualBlock:
     """Try each layer as the gated one. Return the block with the first that saves half the MACs of the best candidate.
 
     If the channels of a convolution cannot be traced to all readers, save only its own output rows.
@@ -95,7 +99,7 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
         limit = ""
         for lenient in (False, True) if isinstance(module, nn.modules.conv._ConvNd) else (False,):
             try:
-                units = _units_from(traced, block, node, module, lenient)
+                units = _units_from(traced, calls, block, node, module, lenient)
             except _NoChannelGate as stop:
                 if not lenient:
                     limit = str(stop)
@@ -113,16 +117,21 @@ def _with_units(traced: fx.GraphModule, block: ResidualBlock) -> ResidualBlock:
 
 
 def _units_from(
-    traced: fx.GraphModule, block: ResidualBlock, start: fx.Node, module: nn.Module, lenient: bool
+    traced: fx.GraphModule,
+    calls: Counter[str],
+    block: ResidualBlock,
+    start: fx.Node,
+    module: nn.Module,
+    lenient: bool,
 ) -> ChannelUnits:
     """Trace the outputs of layer `start` to all their readers, as the channel units of a block."""
-    _check_called_once(traced, start)
+    _check_called_once(calls, start)
     _check_plain(module)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise _NoChannelGate("transposed convolution")
     axis, channels = _output_channels(start, module)
     _check_batch(start, next(n for n in traced.graph.nodes if n.name == block.entry))
-    walk = _Walk(traced, set(block.nodes), channels, channels, lenient=lenient)
+    walk = _Walk(traced, calls, set(block.nodes), channels, channels, lenient=lenient)
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         walk.units = gcd(channels, module.groups)
     _claim_rows(walk, start, module, channels)
@@ -163,8 +172,8 @@ def _units_from(
     )
 
 
-def _check_called_once(traced: fx.GraphModule, node: fx.Node) -> None:
-    if len(traced.graph.find_nodes(op="call_module", target=node.target)) > 1:
+def _check_called_once(calls: Counter[str], node: fx.Node) -> None:
+    if calls[str(node.target)] > 1:
         raise _NoChannelGate(f"the weights of '{node.target}' are used more than once")
 
 
@@ -213,7 +222,7 @@ def _follow(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
     module = module_of(walk.traced, user)
     keeps: bool | None
     if module is not None and next(module.parameters(), None) is not None:
-        _check_called_once(walk.traced, user)
+        _check_called_once(walk.calls, user)
     if isinstance(module, WEIGHTED):
         _check_plain(module)
         _check_columns(user, module)

@@ -140,8 +140,13 @@ def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 def call_counts(traced: fx.GraphModule) -> Counter[str]:
-    """Count how often each module is called, by its qualified name."""
-    return Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
+    """Count how often each module is called, by its qualified name; what reads the same parameters counts as a call."""
+    calls = Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
+    parameters = {name: list(traced.get_submodule(name).parameters()) for name in calls}
+    reads = Counter(id(p) for name, count in calls.items() for p in parameters[name] for _ in range(count))
+    for node in traced.graph.find_nodes(op="get_attr"):
+        reads[id(operator.attrgetter(str(node.target))(traced))] += 1
+    return Counter({name: max([n, *(reads[id(p)] for p in parameters[name])]) for name, n in calls.items()})
 
 
 def reads_size(node: fx.Node) -> bool:

@@ -35,8 +35,8 @@ def _gathered(gated):
 
 
 def _without_regions(gated):
-    placed = any(region_or_none(gated, gate) for gate in gates_of(gated).values())
-    return "" if placed else "no block has a first layer"
+    regions = [region_or_none(gated, gate) for gate in gates_of(gated).values()]
+    return "" if any(region and region.prefix for region in regions) else "no block has a first layer"
 
 
 ENGINES = [
