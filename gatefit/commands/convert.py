@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from gatefit.commands.figures import kept_figures, summarise
 from gatefit.commands.output_folder import BASELINE, FINETUNE, check_folder, output_folder
 from gatefit.commands.report.result import REPORT, Result
-from gatefit.errors import DataError, RecipeError
+from gatefit.errors import DataError, ModelError, RecipeError
 from gatefit.files import write_json, write_tensors
 from gatefit.folder import ORIGINAL
 from gatefit.gating.checkpoint import save
@@ -135,6 +135,8 @@ def prepare(run: _Run) -> _Inputs:
             "torchvision) by distillation from the original, which needs no labels"
         )
     expected = input_spec(skeleton(reference) if model is None else model, part.image_size or None)
+    if len(expected.shape) != 3:
+        raise ModelError(f"{reference} takes clips, and convert reads images alone; gate it with gatefit.retrofit")
     data = read_data(recipe.data.name, expected, recipe.data.corrupt, recipe.seed, recipe.data.limit)
     if model is None:
         torch.manual_seed(recipe.seed)

@@ -20,6 +20,8 @@ from gatefit.mode import evaluating
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_VIDEOS = {"VideoResNet": (3, 16, 112, 112)} | dict.fromkeys(("S3D", "MViT", "SwinTransformer3d"), (3, 16, 224, 224))
+"""What torchvision's classes for videos take."""
 HUB = "hf-hub:"
 """What timm's names of networks on the Hugging Face Hub begin with."""
 
@@ -116,8 +118,11 @@ def build(reference: ModelReference, pretrained: bool = False) -> nn.Module:
         if reference.source == "timm":
             model = timm.create_model(reference.name, pretrained=pretrained, **reference.arguments)
         else:
-            weights = "DEFAULT" if pretrained else None
-            model = torchvision.models.get_model(reference.name, weights=weights, **reference.arguments)
+            arguments = {"weights": "DEFAULT" if pretrained else None, **reference.arguments}
+            builder = torchvision.models.get_model_builder(reference.name)
+            if not pretrained and "weights_backbone" in inspect.signature(builder).parameters:
+                arguments.setdefault("weights_backbone", None)
+            model = torchvision.models.get_model(reference.name, **arguments)
     except Exception as error:
         if reference.on_hub:
             raise ModelError(
@@ -225,11 +230,14 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def input_spec(model: nn.Module, image_size: int | None = None) -> InputSpec:
-    """Find a network's input: from its `pretrained_cfg` (timm's convention, open to own networks), else ImageNet's."""
+    """Input of a network: from its `pretrained_cfg` (timm's convention, open to own networks), else ImageNet's.
+
+    torchvision's video networks take clips of 16 frames.
+    """
     config = getattr(model, "pretrained_cfg", None) or {}
-    shape = tuple(config.get("input_size", (3, 224, 224)))
+    shape = tuple(config.get("input_size", _VIDEOS.get(type(model).__name__, (3, 224, 224))))
     if image_size is not None:
-        shape = (shape[0], image_size, image_size)
+        shape = (*shape[:-2], image_size, image_size)
     if shape[0] != 3:
         raise ModelError(f"the network takes {shape[0]} channels; gatefit reads RGB images")
     return InputSpec(
@@ -263,7 +271,9 @@ def output_count(model: nn.Module, spec: InputSpec) -> int:
 
 
 def _torchvision_names() -> list[str]:
-    return list(torchvision.models.list_models(module=torchvision.models))
+    """Name what takes images or clips alone; detection, flow and quantised networks take more or other things."""
+    homes = (torchvision.models, torchvision.models.segmentation, torchvision.models.video)
+    return [name for home in homes for name in torchvision.models.list_models(module=home)]
 
 
 def _from_file(reference: ModelReference) -> nn.Module:
