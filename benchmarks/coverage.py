@@ -58,10 +58,10 @@ class Outcome:
 
 
 def check(name: str) -> str:
-    """Convert a network with random weights, run another size, train for a step; "passed", `ONE_SIZE` and the error
-    at another size, or the reason why not.
+    """Convert a network with random weights, run another size, train for a step, convert it at its own size too.
 
-    Small images where the network takes them or can be built for them: what is checked does not depend on their size.
+    Returns "passed", `ONE_SIZE` and the error at another size, or the reason why not. All but the last step is done
+    with small images, where the network takes them or can be built for them.
     """
     torch.manual_seed(0)
     try:
@@ -80,6 +80,10 @@ def check(name: str) -> str:
     if not all(bool(g.isfinite().all()) for g in given) or any(p.grad is None for p in gates):
         return "gradients are missing or not finite"
     optimizer.step()
+    own = _convert_at(parse_reference(name), sys.maxsize) if max(shape[2:]) <= SIDE else None
+    if own is not None:
+        with torch.no_grad():
+            own[1].eval()(torch.randn(own[2]))
     return other or "passed"
 
 
@@ -96,8 +100,8 @@ def _convert_at(reference: ModelReference, side: int) -> tuple[nn.Module, fx.Gra
     for parameter in network.parameters():
         if parameter.dim() == 1 and 0 < parameter.abs().max() < SMALL:
             nn.init.uniform_(parameter, 0.5, 1.0)
-    channels, *sides = input_spec(network).shape
-    shape = (2, channels, *(min(side, s) for s in sides))
+    *inner, height, width = input_spec(network).shape
+    shape = (2, *inner, min(side, height), min(side, width))
     return network, gatefit.retrofit(network, torch.zeros(shape)), shape
 
 
@@ -107,8 +111,8 @@ def check_other_size(network: nn.Module, gated: nn.Module, shape: tuple[int, ...
 
     Larger by a multiple of what networks divide by: those that fit other sizes by resizing do so by another path.
     """
-    batch, channels, height, width = shape
-    x = torch.randn(batch + 1, channels, height + SIDE, width + SIDE)
+    batch, *inner, height, width = shape
+    x = torch.randn(batch + 1, *inner, height + SIDE, width + SIDE)
     try:
         wanted = network.eval()(x)
     except Exception:

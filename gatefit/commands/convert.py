@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from gatefit.commands.figures import kept_figures, summarise
 from gatefit.commands.output_folder import BASELINE, CHECKPOINTS, FINETUNE, check_folder, output_folder
 from gatefit.commands.report.result import REPORT, Result
-from gatefit.errors import DataError, RecipeError
+from gatefit.errors import DataError, ModelError, RecipeError
 from gatefit.files import write_json, write_tensors
 from gatefit.folder import ORIGINAL
 from gatefit.gating.checkpoint import save
@@ -138,6 +138,8 @@ def prepare(run: _Run) -> _Inputs:
     stated = StatedInput(part.image_size, part.mean, part.std)
     expected = network_input(skeleton(reference) if model is None else model, stated)
     run.say(str(expected))
+    if len(expected.spec.shape) != 3:
+        raise ModelError(f"{reference} takes clips, and convert reads images alone; gate it with gatefit.retrofit")
     if not (trained or recipe.baseline.epochs):
         run.say(_untrained(reference))
     if not recipe.data.name:

@@ -116,8 +116,11 @@ def build(reference: ModelReference, pretrained: bool = False) -> nn.Module:
         if reference.source == "timm":
             model = timm.create_model(reference.name, pretrained=pretrained, **reference.arguments)
         else:
-            weights = "DEFAULT" if pretrained else None
-            model = torchvision.models.get_model(reference.name, weights=weights, **reference.arguments)
+            arguments = {"weights": "DEFAULT" if pretrained else None, **reference.arguments}
+            builder = torchvision.models.get_model_builder(reference.name)
+            if not pretrained and "weights_backbone" in inspect.signature(builder).parameters:
+                arguments.setdefault("weights_backbone", None)
+            model = torchvision.models.get_model(reference.name, **arguments)
     except Exception as error:
         if reference.on_hub:
             raise ModelError(
@@ -246,7 +249,9 @@ def output_count(model: nn.Module, spec: InputSpec) -> int:
 
 
 def _torchvision_names() -> list[str]:
-    return list(torchvision.models.list_models(module=torchvision.models))
+    """Name what takes images or clips alone; detection, flow and quantised networks take more or other things."""
+    homes = (torchvision.models, torchvision.models.segmentation, torchvision.models.video)
+    return [name for home in homes for name in torchvision.models.list_models(module=home)]
 
 
 def _from_file(reference: ModelReference) -> nn.Module:

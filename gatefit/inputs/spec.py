@@ -14,6 +14,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ASSUMED_SIZE = 224
 LARGEST_SIDE = 65_536
+_VIDEOS = {"VideoResNet": (3, 16, 112, 112)} | dict.fromkeys(("S3D", "MViT", "SwinTransformer3d"), (3, 16, 224, 224))
+"""What torchvision's classes for videos take."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,10 @@ class NetworkInput:
         return self.size_from == ASSUMED
 
     def __str__(self) -> str:
-        channels, height, width = self.spec.shape
+        channels, *frames, height, width = self.spec.shape
+        clips = f"clips of {frames[0]} frames of " if frames else ""
         parts = [
-            (f"{height}x{width} pixels, {channels} channel{'s' * (channels > 1)}", self.size_from),
+            (f"{clips}{height}x{width} pixels, {channels} channel{'s' * (channels > 1)}", self.size_from),
             (f"mean {_short(self.spec.mean)}", self.mean_from),
             (f"std {_short(self.spec.std)}", self.std_from),
         ]
@@ -93,9 +96,10 @@ def network_input(model: nn.Module, stated: StatedInput | None = None) -> Networ
     """
     stated = stated or StatedInput()
     config = _config(model)
-    shape = _shape(config.get("input_size"), _channels(model, config))
+    clip = _VIDEOS.get(type(model).__name__)
+    shape: tuple[int, ...] = clip or _shape(config.get("input_size"), _channels(model, config))
     if stated.image_size:
-        shape = (shape[0], stated.image_size, stated.image_size)
+        shape = (*shape[:-2], stated.image_size, stated.image_size)
     size_from = STATED if stated.image_size else NETWORK if "input_size" in config else ASSUMED
     mean, mean_from = _statistic("mean", stated.mean, config, IMAGENET_MEAN, shape[0])
     std, std_from = _statistic("std", stated.std, config, IMAGENET_STD, shape[0])

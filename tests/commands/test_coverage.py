@@ -1,4 +1,5 @@
 import pytest
+import timm
 import torch
 from networks import Basic, Network
 
@@ -43,3 +44,22 @@ def test_one_conversion_serves_other_sizes(size):
     gated = gatefit.retrofit(model, torch.zeros(2, 3, 8, 8))
     x = torch.randn(batch, 3, height, width)
     assert torch.equal(gated(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "gated"),
+    [("r3d_18", 8, 8), ("swin3d_t", 12, 12), ("fcn_resnet50", 16, 16), ("lraspp_mobilenet_v3_large", 11, 11)],
+)
+def test_videos_and_segmentation(name, blocks, gated):
+    found = cover(f"torchvision/{name}")
+    assert (found.blocks, found.channel_blocks) == (blocks, gated)
+
+
+@pytest.mark.parametrize("gates", ["lc", "c"])
+def test_windows_at_the_size_that_a_user_gets(gates):
+    """Its windows are folded with the batch at 224 pixels, but there is one alone at 64."""
+    network = skeleton(parse_reference("timm/efficientvit_m0"))
+    found = gatefit.find_blocks(network)
+    assert any("as of windows" in b.no_channel_gate for b in found.blocks)
+    gated = gatefit.retrofit(timm.create_model("efficientvit_m0").eval(), gates=gates)
+    assert gated(torch.zeros(3, 3, 224, 224)).shape == (3, 1000)
