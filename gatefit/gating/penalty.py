@@ -14,7 +14,7 @@ def salience_penalty(gated: nn.Module, weighting: Weighting = "macs") -> Tensor:
     """Compute the L1 norm of all saliences of an image, mean over the batch of the last forward: a scalar >= 0.
 
     Multiply it by an L1 coefficient and add it to the loss. Its scale is the number of units: a fresh network, all of
-    whose saliences are 1, has the sum of the weights, such as 672. So a coefficient of 1e-4 to 1e-2 is a usual one.
+    whose saliences are 1, has the sum of the weights, such as 672. Coefficients of 1e-4 to 1e-3 are usual.
 
     Args:
         gated: a retrofitted network, after a forward in train mode.
