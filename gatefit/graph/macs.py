@@ -41,7 +41,7 @@ def node_macs(traced: fx.GraphModule, node: fx.Node) -> int:
 def _rows_per_image(traced: fx.GraphModule, rows: int) -> int:
     """Count the rows of a batch that belong to one image: more than one where windows are folded with the batch."""
     batch = next((s[0] for n in traced.graph.find_nodes(op="placeholder") if (s := shape_of(n))), rows)
-    return rows // batch if rows % batch == 0 else 1
+    return rows // batch if batch and rows % batch == 0 else 1
 
 
 def _weight_of(call: fx.Node) -> object:
