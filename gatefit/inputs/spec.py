@@ -125,6 +125,9 @@ def _channels(model: nn.Module, config: dict[str, Any]) -> int:
     size = config.get("input_size")
     modules = dict(model.named_modules())
     first = modules.get(str(config.get("first_conv")))
+    declared = getattr(model, "in_chans", None)
+    if first is not None and type(declared) is int and declared > 0:
+        return declared  # of timm's TResNet the first layer reads patches that were folded into channels
     if first is None and not (isinstance(size, Sequence) and len(size) == 3):
         first = next((m for m in modules.values() if isinstance(m, nn.Conv2d)), None)
     if isinstance(first, nn.Conv2d):

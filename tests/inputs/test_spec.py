@@ -90,3 +90,11 @@ def test_timms_own_record():
 def test_values_that_no_input_has_are_refused(config, message):
     with pytest.raises(ModelError, match=message):
         input_spec(network(config))
+
+
+def test_a_first_layer_that_reads_folded_patches():
+    """The first layer of timm's TResNet reads patches of 4 x 4 pixels as channels."""
+    network = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 8, 1))
+    network.pretrained_cfg = {"first_conv": "1", "input_size": (3, 32, 32)}
+    network.in_chans = 3
+    assert input_spec(network).shape == (3, 32, 32)
