@@ -98,7 +98,9 @@ def _convert_at(reference: ModelReference, side: int) -> tuple[nn.Module, fx.Gra
             nn.init.uniform_(parameter, 0.5, 1.0)
     channels, *sides = input_spec(network).shape
     shape = (2, channels, *(min(side, s) for s in sides))
-    return network, gatefit.retrofit(network, torch.zeros(shape)), shape
+    example = torch.zeros(shape)
+    pairs = not any(block.has_shortcut for block in gatefit.find_blocks(network, example).blocks)
+    return network, gatefit.retrofit(network, example, "c" if pairs else "lc"), shape
 
 
 @torch.no_grad()
@@ -232,7 +234,7 @@ def totals(outcomes: list[Outcome]) -> str:
         if some:
             branches, gated = sum(c.convolutional for c in some), sum(c.convolutional_gated for c in some)
             lines.append(
-                f"{source}: {len(some)} networks, {sum(c.blocks > 0 for c in some)} with a block gate, "
+                f"{source}: {len(some)} networks, {sum(c.block_share > 0 for c in some)} with a block gate, "
                 f"{sum(c.channel_blocks > 0 for c in some)} with a channel gate; "
                 f"{gated} of {branches} convolutional branches with a channel gate"
             )
@@ -255,7 +257,8 @@ def report(outcomes: list[Outcome]) -> str:
         gated = [c for c in some if c.blocks]
         reasons = sorted({kind_of(c.reason)[:160] for c in some if not c.blocks})
         rows.append(
-            f"| {source} | {family} | {len(some)} | {len(gated)} | {sum(c.channel_blocks > 0 for c in some)} "
+            f"| {source} | {family} | {len(some)} | {sum(c.block_share > 0 for c in some)} "
+            f"| {sum(c.channel_blocks > 0 for c in some)} "
             f"| {_span([c.blocks for c in gated])} | {_span([c.units for c in gated])} "
             f"| {_percent([c.block_share for c in gated])} | {_percent([c.channel_share for c in gated])} "
             f"| {'; '.join(reasons).replace('|', '/')} |"

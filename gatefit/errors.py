@@ -20,6 +20,10 @@ class ConversionError(GatefitError):
     """A network that cannot be gated, or whose conversion failed one of the checks."""
 
 
+class UntraceableError(ConversionError):
+    """A network that torch.fx cannot follow as a whole; parts of it may do."""
+
+
 class DataError(GatefitError):
     """Images or labels that are missing, unreadable or do not fit the network."""
 

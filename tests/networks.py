@@ -1,5 +1,6 @@
 """A table of small networks, one oddity each, that drives the tests of matching, surgery and costs."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,6 +40,23 @@ class Bottleneck(nn.Module):
         y = self.bn3(self.conv3(self.act(self.bn2(self.conv2(y)))))
         y += x
         return self.act(y)
+
+
+class Plain(nn.Module):
+    """A small VGG: batch norm, ReLU and pooling between convolutions, and linear layers behind."""
+
+    def __init__(self, norm: bool = True) -> None:
+        super().__init__()
+        widths = [3, 8, 12, 16, 16]
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(itertools.pairwise(widths)):
+            layers += [conv(a, b, bias=not norm), *([nn.BatchNorm2d(b)] if norm else []), nn.ReLU(inplace=True)]
+            layers += [nn.MaxPool2d(2)] if i in (1, 2) else []
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Dropout(), nn.Linear(24, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.features(x), 1))
 
 
 class SqueezeExcite(nn.Module):

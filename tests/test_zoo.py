@@ -26,14 +26,12 @@ TORCHVISION = [
     "efficientnet_b0", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18",
     "shufflenet_v2_x0_5", "swin_t",
 ]  # fmt: skip
-NAMES = [*(f"timm/{n}" for n in TIMM), *(f"torchvision/{n}" for n in TORCHVISION)]
+WITHOUT_BLOCKS = ["timm/densenet121", "timm/vgg11"]
+"""Pairs of layers are gated in them."""
+NAMES = [*WITHOUT_BLOCKS, *(f"timm/{n}" for n in TIMM), *(f"torchvision/{n}" for n in TORCHVISION)]
 
 REFUSED = {
-    "timm/densenet121": "there is no addition",
-    "timm/ese_vovnet19b_dw": "there is no addition",
     "timm/repvgg_a0": "side by side",
-    "timm/vgg11": "there is no addition",
-    "torchvision/shufflenet_v2_x0_5": "there is no addition",
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gatefit.commands.opened import input_of, open_folder
 from gatefit.deployment.bench.timing import Row, Timing, bench
@@ -74,7 +74,7 @@ def run_bench(
         torch.set_num_threads(before)
 
 
-def _folder(folder: Path, data: str, trust_code: bool) -> tuple[nn.Module, fx.GraphModule, Tensor]:
+def _folder(folder: Path, data: str, trust_code: bool) -> tuple[nn.Module, nn.Module, Tensor]:
     opened = open_folder(folder, data, trust_code=trust_code)
     if opened.original is None:
         raise DeployError(f"{folder} does not hold the original network to compare with")
@@ -83,7 +83,7 @@ def _folder(folder: Path, data: str, trust_code: bool) -> tuple[nn.Module, fx.Gr
 
 def _what_if(
     name: str, share: float, stated: StatedInput, say: Callable[[str], None]
-) -> tuple[nn.Module, fx.GraphModule, Tensor]:
+) -> tuple[nn.Module, nn.Module, Tensor]:
     if not 0 < share <= 1:
         raise DeployError(f"--what-if must lie between 0 and 1, not {share}")
     torch.manual_seed(0)

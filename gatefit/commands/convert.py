@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gatefit.commands.figures import kept_figures, summarise
 from gatefit.commands.output_folder import BASELINE, CHECKPOINTS, FINETUNE, check_folder, output_folder
@@ -18,6 +18,7 @@ from gatefit.folder import ORIGINAL
 from gatefit.gating.checkpoint import save
 from gatefit.gating.info import info_of, set_info
 from gatefit.gating.insert import retrofit, rewrite
+from gatefit.graph.partial import traced_forwards
 from gatefit.inputs.data import Splits, normalise, read_data
 from gatefit.inputs.models import (
     ModelReference,
@@ -46,7 +47,7 @@ TOLERANCE = 0.02
 class Conversion:
     """What `convert` did."""
 
-    gated: fx.GraphModule
+    gated: nn.Module
     evaluation: Evaluation
     report: dict[str, Any]
     """The content of report.json."""
@@ -198,13 +199,18 @@ def train_baseline(run: _Run, inputs: _Inputs) -> _Inputs:
     return replace(inputs, trained=True)
 
 
-def insert_gates(run: _Run, inputs: _Inputs) -> fx.GraphModule:
+def insert_gates(run: _Run, inputs: _Inputs) -> nn.Module:
     """Retrofit the gates, and say what the proof checked."""
     part = run.recipe.gates
     gated = retrofit(inputs.model, inputs.example, part.kinds, part.form, part.compensation)
     set_info(gated, input=inputs.spec, reference=inputs.reference)
     checked = info_of(gated).verification
     assert checked is not None
+    if parts := traced_forwards(gated):
+        run.say(
+            f"note: the network cannot be traced as a whole; gates stand in {', '.join(parts)}, and it cannot be "
+            "deployed"
+        )
     run.say(
         f"converted: {checked.outputs} outputs equal the original's to the bit; {checked.closed_units} closed "
         f"units and {checked.closed_blocks} closed blocks overwritten with noise without changing one"
@@ -212,7 +218,7 @@ def insert_gates(run: _Run, inputs: _Inputs) -> fx.GraphModule:
     return gated
 
 
-def close_gates(run: _Run, inputs: _Inputs, gated: fx.GraphModule) -> list[Epoch]:
+def close_gates(run: _Run, inputs: _Inputs, gated: nn.Module) -> list[Epoch]:
     """Fine-tune the gated network."""
     recipe = run.recipe
     return finetune(
@@ -230,7 +236,7 @@ def close_gates(run: _Run, inputs: _Inputs, gated: fx.GraphModule) -> list[Epoch
     )
 
 
-def evaluate_result(run: _Run, inputs: _Inputs, gated: fx.GraphModule) -> Evaluation:
+def evaluate_result(run: _Run, inputs: _Inputs, gated: nn.Module) -> Evaluation:
     """Evaluate the gated network on the test images, beside the original."""
     run.say(f"evaluating on {len(inputs.data.test)} images")
     evaluation = evaluate(gated, inputs.data, inputs.teacher, run.on_progress)
@@ -241,7 +247,7 @@ def evaluate_result(run: _Run, inputs: _Inputs, gated: fx.GraphModule) -> Evalua
 
 
 def write_result(
-    run: _Run, inputs: _Inputs, gated: fx.GraphModule, evaluation: Evaluation, history: list[Epoch]
+    run: _Run, inputs: _Inputs, gated: nn.Module, evaluation: Evaluation, history: list[Epoch]
 ) -> dict[str, Any]:
     """Write networks, figures and the page; report.json, which marks the folder as complete, comes last of the first.
 

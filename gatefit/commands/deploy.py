@@ -18,7 +18,7 @@ from gatefit.deployment.engines.native_network import gathered_blocks, gathered_
 from gatefit.deployment.engines.onnx import OnnxNetwork, masked_onnx, need_onnx
 from gatefit.deployment.engines.pytorch import Run, packed
 from gatefit.deployment.engines.registry import Backend, available_engines, dense
-from gatefit.deployment.info import deployed_info
+from gatefit.deployment.info import deployed_info, need_whole_graph
 from gatefit.deployment.kernels.native import processor
 from gatefit.deployment.plan import BlockPlan, Deployment, Latency
 from gatefit.deployment.region import Region, region_or_none
@@ -132,7 +132,7 @@ def load_deployed(
         if content["backend"] == "onnx":
             need_onnx()
             return OnnxNetwork(_onnx_file(folder, content).read_bytes())
-        gated = load(folder, model, trust_code=trust_code)
+        gated = need_whole_graph(load(folder, model, trust_code=trust_code))
         gates = gates_of(gated)
         plans: dict[str, tuple[BlockPlan, Region | None]] = {}
         for block in content["blocks"]:
@@ -206,7 +206,7 @@ def deploy_folder(
     deployed = deploy(opened.gated, images, backend, masks, prune_unused=prune_unused, batch=batch, placement=placement)
     if isinstance(deployed, OnnxNetwork):
         file = out or folder / "model.onnx"
-        masked, beside = masked_onnx(opened.gated, images[:1]), file.with_stem(f"{file.stem}-masked")
+        masked, beside = masked_onnx(need_whole_graph(opened.gated), images[:1]), file.with_stem(f"{file.stem}-masked")
         write_atomically(beside, lambda temporary: temporary.write_bytes(masked))
         record_file(folder, relative_to(folder, beside))
         write_deployment(folder, deployed.plans, model=deployed.model, onnx=file)
@@ -245,7 +245,7 @@ def _latency(deployed: Run, original: nn.Module, images: Tensor, batch: int, bac
 
 
 @torch.no_grad()
-def _agreement(deployed: Run, gated: fx.GraphModule, images: Tensor) -> float | None:
+def _agreement(deployed: Run, gated: nn.Module, images: Tensor) -> float | None:
     if not len(images):
         return None
     pairs = [(deployed(x).argmax(1), gated(x).argmax(1)) for x in images.split(32)]

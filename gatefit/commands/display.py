@@ -57,8 +57,9 @@ class TrainingBar(AbstractContextManager["TrainingBar"]):
 
 def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
     """Print a table of every residual block, then every addition that is refused, with the reason."""
+    kind = "residual blocks" if all(b.has_shortcut for b in found.blocks) else "pairs of layers"
     table = Table(
-        title=f"{model_title(model)}: {len(found.blocks)} residual blocks, {mega(found.macs)} MACs per image",
+        title=f"{model_title(model)}: {len(found.blocks)} {kind}, {mega(found.macs)} MACs per image",
         title_justify="left",
     )
     for name, justify in (
@@ -83,6 +84,12 @@ def show_blocks(console: Console, model: str, found: FoundBlocks) -> None:
         f"under a channel gate: {percent(found.channel_share)}. These shrink in proportion to the open units; a block "
         "gate skips the branch whole"
     )
+    if found.parts:
+        console.print(
+            f"traced in parts, as the whole cannot be: {', '.join(found.parts)}; such a network is not deployed, "
+            "so its gates save no time",
+            soft_wrap=True,
+        )
     if found.skipped:
         refused = Table(title=f"{len(found.skipped)} additions refused", title_justify="left")
         refused.add_column("node")

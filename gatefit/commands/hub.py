@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
-from torch import fx, nn
+from torch import nn
 
 from gatefit.commands.figures import kept_figures
 from gatefit.errors import CheckpointError
@@ -31,7 +31,7 @@ _UNFINISHED = ["checkpoint*", ".*"]
 
 
 def save_pretrained(
-    gated: fx.GraphModule,
+    gated: nn.Module,
     folder: str | Path,
     evaluation: Evaluation | None = None,
     classes: Sequence[str] | None = None,
@@ -54,7 +54,7 @@ def save_pretrained(
 
 def from_pretrained(
     folder_or_repo: str | Path, model: nn.Module | None = None, *, revision: str | None = None
-) -> fx.GraphModule:
+) -> nn.Module:
     """Read a gated network from a folder, or from a repository of the Hugging Face Hub, in eval mode.
 
     What is a folder here is read without the network; only another name, "user/name", is looked up on the Hub. Every
@@ -83,7 +83,7 @@ def from_pretrained(
 
 
 def push_to_hub(
-    source: fx.GraphModule | str | Path, repo_id: str, *, private: bool = False, token: str | None = None
+    source: nn.Module | str | Path, repo_id: str, *, private: bool = False, token: str | None = None
 ) -> str:
     """Push a gated network to a repository of the Hugging Face Hub, which is made where it is missing.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import fx, nn
+from torch import nn
 
 from gatefit.commands.figures import figures
 from gatefit.commands.report.result import read_result
@@ -28,7 +28,7 @@ class Opened:
 
     name: str
     """Of the model."""
-    gated: fx.GraphModule
+    gated: nn.Module
     original: nn.Module | None
     data: Splits
     trained: bool

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import get_args
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from gatefit.decisions import Placement
 from gatefit.deployment.bench.timing import times
@@ -15,7 +15,7 @@ from gatefit.deployment.engines.onnx import OnnxNetwork, need_onnx, onnx_blocks,
 from gatefit.deployment.engines.pytorch import packed, torch_blocks
 from gatefit.deployment.engines.registry import Backend
 from gatefit.deployment.engines.segments import ONNX, TORCH
-from gatefit.deployment.info import deployed_info
+from gatefit.deployment.info import deployed_info, need_whole_graph
 from gatefit.deployment.kernels.native import kernels
 from gatefit.deployment.plan import BlockPlan, Observed, observe, plan_block
 from gatefit.deployment.region import Region, region_or_none
@@ -32,7 +32,7 @@ TUNING_IMAGES = 8
 
 @renamed_argument("harvest", "prune_unused")
 def deploy(
-    gated: fx.GraphModule,
+    gated: nn.Module,
     calibration: Tensor | Iterable[Tensor],
     backend: Backend = "torch",
     masks: int = 4,
@@ -63,9 +63,11 @@ def deploy(
         (B, C, H, W) -> (B, classes); of backend "onnx" with the file's content as `.model`.
 
     Raises:
-        GatefitError: `gated` has no gates, there are no calibration images, or the backend is not installed.
+        GatefitError: `gated` has no gates or was traced in parts, there are no calibration images, or the backend is
+            not installed.
     """
     info_of(gated)  # refuses a network that has no gates, or is deployed
+    gated = need_whole_graph(gated)
     image_spec(gated)  # refuses a network of other inputs
     images = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     _check(images, backend, masks, batch, placement)

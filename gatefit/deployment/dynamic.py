@@ -151,11 +151,15 @@ class DynamicBlock(nn.Module):
 
     def _sorted(self, chosen: list[int], logits: Tensor, x: Tensor, shortcut: Tensor) -> Tensor:
         """Run the samples of each variant together, and put them back in order."""
-        result = torch.empty_like(shortcut)
+        order, results = [], []
         for index in sorted(set(chosen)):
             some = torch.tensor([i for i, variant in enumerate(chosen) if variant == index], device=x.device)
             parts = [t.index_select(0, some) for t in (logits, x, shortcut)]
-            result.index_copy_(0, some, self._run(index, *parts))
+            order.append(some)
+            results.append(self._run(index, *parts))
+        result = results[0].new_empty(len(x), *results[0].shape[1:])
+        for some, part in zip(order, results, strict=True):
+            result.index_copy_(0, some, part)
         return result
 
 

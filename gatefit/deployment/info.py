@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from gatefit.deployment.plan import BlockPlan
 from gatefit.errors import DeployError
@@ -17,6 +17,20 @@ class DeployedInfo:
     """What was planned for each block."""
     engines: tuple[str, ...] | None = None
     """The engine of each segment between the blocks of a gathered network; None: the network is not gathered."""
+
+
+def need_whole_graph(gated: nn.Module) -> fx.GraphModule:
+    """Return a gated network as the graph that a deployment is made of.
+
+    Raises:
+        DeployError: it was traced in parts.
+    """
+    if not isinstance(gated, fx.GraphModule):
+        raise DeployError(
+            "this network cannot be traced as a whole, and only networks that can are deployed; its gates work in "
+            "PyTorch as they are (gatefit.load), or rewrite its forward without what cannot be traced"
+        )
+    return gated
 
 
 def deployed_info(network: fx.GraphModule) -> DeployedInfo:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from gatefit.decisions import Placement
 from gatefit.deployment.codebook import choose_codebook, most_frequent
@@ -149,7 +149,7 @@ def plans_without_codebooks(gated: fx.GraphModule, skip: bool) -> dict[str, tupl
     return {n: (BlockPlan(n, skip, None), region_or_none(gated, gate)) for n, gate in gates_of(gated).items()}
 
 
-def share_of(gated: fx.GraphModule, images: list[Tensor]) -> float:
+def share_of(gated: nn.Module, images: list[Tensor]) -> float:
     """Measure the share of the dense MACs that the gates let through (sequential placement, gates included)."""
     costs = costs_of(gated, tuple(images[0].shape[1:]))
     total, count = 0.0, 0

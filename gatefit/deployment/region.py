@@ -40,7 +40,11 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Region:
-    """Where a branch stands in a gated graph."""
+    """Where a branch stands in a gated graph, or a pair of layers without a shortcut.
+
+    The last node of a pair stands for the addition and for the branch's side of it, and its entry for the shortcut,
+    which nothing reads.
+    """
 
     gate: fx.Node
     entry: fx.Node
@@ -70,12 +74,18 @@ def region_of(gated: fx.GraphModule, gate: Gate) -> Region:
         if node.target in (scale, add_compensation) and node.args[0] in region_nodes:
             region_nodes.add(node)
     region_nodes |= {n for n in gated.graph.nodes if n.target is harden and set(n.users) <= region_nodes}
-    add = nodes[gate.of.add]
-    output, shortcut = sorted(add.all_input_nodes, key=lambda n: n not in region_nodes)
+    if gate.of.has_shortcut:
+        add = nodes[gate.of.add]
+        output, shortcut = sorted(add.all_input_nodes, key=lambda n: n not in region_nodes)
+    else:
+        output, shortcut = max(region_nodes), call.all_input_nodes[0]
+        region_nodes.remove(output)
+        add = output
     if any(isinstance(module_of(gated, n), Gate) for n in region_nodes):
         raise DeployError("other blocks are nested in its branch")
     given = {call, call.args[0], *call.users}
-    outside = {s for n in region_nodes for s in n.all_input_nodes if s not in region_nodes and s not in given}
+    inside = region_nodes if gate.of.has_shortcut else region_nodes | {output}
+    outside = {s for n in inside for s in n.all_input_nodes if s not in region_nodes and s not in given}
     if outside or shortcut in region_nodes:
         raise DeployError(f"its branch reads {', '.join(sorted(n.name for n in outside))} besides its input")
     assert isinstance(call.args[0], fx.Node)
@@ -162,8 +172,9 @@ def extract(
     saliences = {user: int(user.args[1]) for user in region.gate.users}  # type: ignore[arg-type]
     for user, part in saliences.items():
         copied[user] = (whole, channel, closed_predictions)[part]
+    is_pair = region.output is region.add
     for node in gated.graph.nodes:
-        if node in region_nodes:
+        if node in region_nodes or (is_pair and node is region.output):
             whole_block = node.target is scale and saliences.get(node.all_input_nodes[1]) == 0
             if node.target is scale and not (block_mask if whole_block else channel_mask):
                 copied[node] = copied[node.all_input_nodes[0]]
@@ -171,9 +182,11 @@ def extract(
             copied[node] = graph.node_copy(node, copied.__getitem__)
             if keep is not None:
                 _choose_factors(graph, copied, gate, node)
-    total = graph.call_function(torch.add, (copied[region.output], shortcut))
+    total = copied[region.output]
+    if not is_pair:
+        total = graph.call_function(torch.add, (total, shortcut))
     graph.output(total if region.relu is None else graph.call_function(F.relu, (total,)))
-    read = [str(n.target) for n in region_nodes if n.op in ("call_module", "get_attr")]
+    read = [str(n.target) for n in region_nodes | {region.output} if n.op in ("call_module", "get_attr")]
     pieces: dict[str, Any] = {target: copy.deepcopy(operator.attrgetter(target)(gated)) for target in read}
     if gate.compensation is not None:
         pieces["compensation"] = copy.deepcopy(gate.compensation)

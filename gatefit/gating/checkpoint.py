@@ -1,5 +1,6 @@
 """Save and load a gated network: safetensors weights and a config.json that says how to build it."""
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -8,13 +9,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gatefit.errors import CheckpointError, GatefitError, first_line
 from gatefit.files import digest, plain_tensors, read_tensors, replacing
 from gatefit.folder import CONFIG, ORIGINAL, WEIGHTS, Config, Figures, read_config, this_versions, to_text, write_config
 from gatefit.gating.architecture import architecture_of, architecture_of_format_1, blocks_of
-from gatefit.gating.gates import PREFIX, gates_of
+from gatefit.gating.gates import PREFIX, gates_of, is_gate_key
 from gatefit.gating.info import info_of, set_info
 from gatefit.gating.insert import rewrite
 from gatefit.gating.original import build_original, read_reference, written_reference
@@ -23,7 +24,7 @@ from gatefit.inputs.models import InputSpec
 
 
 def save(
-    gated: fx.GraphModule, folder: str | Path, *, classes: Sequence[str] | None = None, figures: Figures | None = None
+    gated: nn.Module, folder: str | Path, *, classes: Sequence[str] | None = None, figures: Figures | None = None
 ) -> None:
     """Write a gated network into `folder` as `model.safetensors` and `config.json`, both or neither.
 
@@ -69,7 +70,7 @@ def save(
 
 def load(
     folder: str | Path, model: nn.Module | None = None, example: Example | None = None, *, trust_code: bool = False
-) -> fx.GraphModule:
+) -> nn.Module:
     """Read a gated network that `save` wrote, in eval mode; its outputs are the same to the bit.
 
     Args:
@@ -97,7 +98,8 @@ def load(
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.input.items()}
         spec = InputSpec(**settings)
         example = torch.zeros(2, *spec.shape) if example is None else example
-        gated = rewrite(network.eval(), example, part["gates"], part["form"], part["compensation"])
+        original = _with_weights(network, tensors).eval()
+        gated = rewrite(original, example, part["gates"], part["form"], part["compensation"])
         if blocks_of(gated) != part["blocks"]:
             raise CheckpointError(f"{folder}: its gates do not fit the network that {CONFIG} names")
         gated.load_state_dict(tensors if config.format > 1 else _from_format_1(tensors))
@@ -121,7 +123,16 @@ def record_file(folder: Path, name: str) -> None:
         write_config(folder, replace(config, files={**config.files, name: digest(folder / name)}))
 
 
-def _check_architecture(gated: fx.GraphModule, config: Config, folder: Path, built: str) -> None:
+def _with_weights(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Return a copy of the original with the saved weights: values decide which way some networks go."""
+    model = copy.deepcopy(model)
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    fitting = {k: v for k, v in tensors.items() if not is_gate_key(k) and v.shape == shapes.get(k)}
+    model.load_state_dict(fitting, strict=False)
+    return model
+
+
+def _check_architecture(gated: nn.Module, config: Config, folder: Path, built: str) -> None:
     """Refuse a network that computes otherwise than the one that was saved, or warn where a library may be why.
 
     Keys and shapes do not tell ReLU from GELU. Libraries change how they describe their layers now and then: a network

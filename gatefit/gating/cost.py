@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from gatefit.decisions import BlockDecision, Decisions, Placement
-from gatefit.gating.gates import gates_of, outputs_of
+from gatefit.gating.gates import Gate, gates_of, outputs_of
 from gatefit.graph.example import takes_one_tensor
 from gatefit.graph.macs import layer_name, node_macs
+from gatefit.graph.partial import inputs_of, macs_around, parts_of
 from gatefit.graph.trace import propagate_shapes
 
 
@@ -83,7 +84,7 @@ class GateCosts:
 class GateDecider:
     """The gates of a network as what decides in it (see `gatefit.decisions.Decider`)."""
 
-    gated: fx.GraphModule
+    gated: nn.Module
 
     def costs(self, image_shape: tuple[int, ...]) -> GateCosts:
         """Compute the MACs of the network for images of shape (C, H, W); see `costs_of`."""
@@ -94,7 +95,7 @@ class GateDecider:
         return decisions_of(self.gated)
 
 
-def costs_of(gated: fx.GraphModule, image_shape: tuple[int, ...]) -> GateCosts:
+def costs_of(gated: nn.Module, image_shape: tuple[int, ...]) -> GateCosts:
     """Compute the MACs of a gated network for inputs of shape (C, H, W) or another, from its graph.
 
     A network of several inputs has those of the example that it was converted with.
@@ -102,16 +103,11 @@ def costs_of(gated: fx.GraphModule, image_shape: tuple[int, ...]) -> GateCosts:
     Raises:
         ConversionError: the network does not take inputs of that shape.
     """
-    analysed = copy.deepcopy(gated)
-    if takes_one_tensor(gated):
-        recorded = gated.graph.find_nodes(op="placeholder")[0].meta.get("dtype", torch.float32)
-        dtype = next(gated.parameters()).dtype if recorded.is_floating_point else recorded
-        propagate_shapes(analysed, torch.zeros(2, *image_shape, dtype=dtype, device="meta"))
     gates = gates_of(gated)
-    paths = tuple(f"{name}." for name, m in gated.named_modules() if m in set(gates.values()))
-    macs = {n.name: node_macs(analysed, n) for n in analysed.graph.nodes if not layer_name(n).startswith(paths)}
+    total, macs_of = _macs(gated, image_shape)
     blocks: list[BlockCost] = []
     for name, gate in gates.items():
+        macs = macs_of[gate]
         first = next((layer for layer in gate.of.layers if layer.first), None)
         rest = [layer for layer in gate.of.layers if layer is not first]
         scalable = gate.channel is not None
@@ -129,7 +125,43 @@ def costs_of(gated: fx.GraphModule, image_shape: tuple[int, ...]) -> GateCosts:
         )
     parents = {b.name: b.parent for b in blocks}
     blocks.sort(key=lambda b: _depth(b.name, parents))  # outer blocks first, as `GateCosts.per_image` needs them
-    return GateCosts(sum(macs.values()) - sum(b.branch for b in blocks), tuple(blocks))
+    return GateCosts(total - sum(b.branch for b in blocks), tuple(blocks))
+
+
+def _macs(gated: nn.Module, image_shape: tuple[int, ...]) -> tuple[int, dict[Gate, dict[str, int]]]:
+    """Count the MACs per image of the network but for its gates; and for each gate those of the nodes around it."""
+    if isinstance(gated, fx.GraphModule):
+        macs = _node_macs(gated, _example(gated, image_shape) if takes_one_tensor(gated) else None)
+        return sum(macs.values()), dict.fromkeys(gates_of(gated).values(), macs)
+    parameter = next(gated.parameters())
+    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(parameter.device, parameter.dtype)
+    parts = parts_of(gated)
+    total = macs_around(gated, set(parts), images)
+    inputs = inputs_of(copy.deepcopy(gated).eval(), images)
+    by_gate: dict[Gate, dict[str, int]] = {}
+    for path, part in parts.items():
+        macs = _node_macs(part, inputs.get(path))
+        total += sum(macs.values())
+        by_gate |= dict.fromkeys(gates_of(part).values(), macs)
+    return total, by_gate
+
+
+def _example(traced: fx.GraphModule, shape: tuple[int, ...]) -> Tensor:
+    """Make two inputs of a shape, without numbers, of the type that the network takes."""
+    recorded = traced.graph.find_nodes(op="placeholder")[0].meta.get("dtype", torch.float32)
+    dtype = next(traced.parameters()).dtype if recorded.is_floating_point else recorded
+    return torch.zeros(2, *shape, dtype=dtype, device="meta")
+
+
+def _node_macs(traced: fx.GraphModule, example: Tensor | None) -> dict[str, int]:
+    """Count the MACs per image of each node but the gates; without an example at the size of the conversion's."""
+    analysed = copy.deepcopy(traced)
+    if example is not None:
+        propagate_shapes(analysed, example)
+    gates = set(gates_of(traced).values())
+    paths = tuple(f"{name}." for name, m in traced.named_modules() if m in gates)
+    return {n.name: node_macs(analysed, n) for n in analysed.graph.nodes if not layer_name(n).startswith(paths)}
 
 
 def _depth(name: str, parents: dict[str, str | None]) -> int:

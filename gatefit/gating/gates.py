@@ -1,7 +1,7 @@
 """The two gates of a block and how their saliences are applied (LC-Net, arXiv 2007.15151)."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ GateForm = Literal["relu1", "step"]
 """Form of the saliences: the paper's ReLU-1, or 0/1 (a step, trained straight-through)."""
 
 PREFIX = "gatefit"
-"""Every parameter that a retrofit adds stands under this prefix."""
+"""Every parameter that a retrofit adds stands under a part of this name: of the network, or of its traced parts."""
 
 LEAK = 0.01
 """Slope of the leaky ReLU-1 outside [0, 1]."""
@@ -135,6 +135,14 @@ class Gate(nn.Module):
             block, channel, None if self.compensation is None else zero.expand(-1, self.compensation.out_features)
         )
 
+    def never_ran(self, like: Tensor) -> GateOutputs:
+        """Give outputs of a forward that did not come to this gate: for each image of `like`, (B, ...), all closed."""
+        block, channel = (
+            None if fc is None else like.new_full((len(like), fc.out_features), -1.0)
+            for fc in (self.block, self.channel)
+        )
+        return GateOutputs(block, channel)
+
     def closed_predictions(self, x: Tensor) -> Tensor:
         """Predict the closed units from the block's input, 0 for open ones: what the compensation reads, (B, units)."""
         assert self.channel is not None
@@ -193,6 +201,19 @@ def gates_of(gated: nn.Module) -> dict[str, Gate]:
     return found
 
 
+@contextmanager
+def opened_gates(gated: nn.Module) -> Iterator[None]:
+    """Let a retrofitted network run as if every gate were open."""
+    gates = gates_of(gated).values()
+    try:
+        for gate in gates:
+            gate.forward = gate.opened  # type: ignore[method-assign]
+        yield
+    finally:
+        for gate in gates:
+            del gate.forward
+
+
 def before_gates(gated: nn.Module, images: Tensor, call: Callable[[Gate, tuple[Tensor, ...]], None]) -> None:
     """Run a retrofitted network once, and `call` with each gate and its inputs right before it runs."""
     hooks = [gate.register_forward_pre_hook(call) for gate in gates_of(gated).values()]
@@ -209,7 +230,22 @@ def outputs_of(gated: nn.Module) -> Iterator[tuple[Gate, GateOutputs]]:
     Raises:
         GatefitError: no forward has been run.
     """
-    for name, gate in gates_of(gated).items():
-        if gate.outputs is None:
-            raise GatefitError(f"the gate of block '{name}' has not run; call the network on a batch first")
-        yield gate, gate.outputs
+    gates = gates_of(gated)
+    ran = [gate.outputs for gate in gates.values() if gate.outputs is not None]
+    if not ran:
+        name = next(iter(gates))
+        raise GatefitError(f"the gate of block '{name}' has not run; call the network on a batch first")
+    some = next(x for x in (ran[0].block, ran[0].channel) if x is not None)
+    for gate in gates.values():
+        yield gate, gate.outputs or gate.never_ran(some)
+
+
+def forget_outputs(gated: nn.Module, *_: Any) -> None:
+    """Drop what all gates computed: Python around the parts of a network may leave some out in the next forward."""
+    for gate in gates_of(gated).values():
+        gate.outputs = None
+
+
+def is_gate_key(key: str) -> bool:
+    """Tell whether a retrofit added the parameter or buffer of that key."""
+    return PREFIX in key.split(".")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import fx
+from torch import fx, nn
 
 from gatefit.errors import GatefitError
 from gatefit.gating.gates import GateForm
@@ -33,38 +33,49 @@ class GatedInfo:
     """What the proof of the conversion checked; None: it was not run (the network was loaded)."""
 
 
-def info_of(gated: fx.GraphModule) -> GatedInfo:
+def info_of(gated: nn.Module) -> GatedInfo:
     """Return the record of a gated network.
 
     Raises:
         GatefitError: `retrofit` or `load` did not make the network, or it is deployed.
     """
-    meta = getattr(gated, "meta", None)
-    if isinstance(meta, dict) and DEPLOYED in meta:
+    notes = getattr(gated, _notes(gated), None)
+    if isinstance(notes, dict) and DEPLOYED in notes:
         raise GatefitError("this network is deployed, for running alone; pass the gated network it was made from")
-    info = meta.get(_KEY) if isinstance(meta, dict) else None
+    info = notes.get(_KEY) if isinstance(notes, dict) else None
     if not isinstance(info, GatedInfo):
         raise GatefitError("this network has no gates; call gatefit.retrofit(model) first")
     return info
 
 
-def image_spec(gated: fx.GraphModule) -> InputSpec:
+def image_spec(gated: nn.Module) -> InputSpec:
     """Return what images a gated network takes.
 
     Raises:
         GatefitError: it takes something else than one batch of images (B, C, H, W), or it has no gates.
     """
     spec = info_of(gated).input
-    if len(spec.shape) == 3 and takes_one_tensor(gated):
+    if len(spec.shape) == 3 and _takes_one_tensor(gated):
         return spec
     shape = ", ".join(["B", *(str(size) for size in spec.shape)])
-    what = f"inputs ({shape})" if takes_one_tensor(gated) else "several inputs"
+    what = f"inputs ({shape})" if _takes_one_tensor(gated) else "several inputs"
     raise GatefitError(
         f"this network takes {what}, and this part of gatefit knows batches of images (B, C, H, W) alone; train "
         "it in a loop of your own with gatefit.salience_penalty"
     )
 
 
-def set_info(gated: fx.GraphModule, info: GatedInfo | None = None, **changes: Any) -> None:
+def _takes_one_tensor(gated: nn.Module) -> bool:
+    """Tell whether a gated network takes one tensor alone, as all do that are traced in parts."""
+    return not isinstance(gated, fx.GraphModule) or takes_one_tensor(gated)
+
+
+def set_info(gated: nn.Module, info: GatedInfo | None = None, **changes: Any) -> None:
     """Give a gated network its record, or change fields of the one that it has."""
-    gated.meta[_KEY] = info if info is not None else replace(info_of(gated), **changes)
+    record = info if info is not None else replace(info_of(gated), **changes)
+    setattr(gated, _notes(gated), {**getattr(gated, _notes(gated), {}), _KEY: record})
+
+
+def _notes(gated: nn.Module) -> str:
+    """Name the attribute that keeps the record: a graph's own, or one that no network of another kind has."""
+    return "meta" if isinstance(gated, fx.GraphModule) else "_gatefit_notes"

@@ -14,7 +14,7 @@ units can be initialised again, from what the others do for it now.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gatefit.gating.gates import Gate, gates_of
 from gatefit.gating.measure import BlockMeasures, Measures, block_damage, measure
@@ -51,7 +51,7 @@ class _Fit:
 
 
 def initialise_from_data(
-    gated: fx.GraphModule,
+    gated: nn.Module,
     images: ImageSet,
     count: int = 5000,
     batch: int = 50,
@@ -86,7 +86,7 @@ def initialise_from_data(
     return k
 
 
-def _fit(gated: fx.GraphModule, measures: Measures, damage: dict[str, float]) -> tuple[list[_Fit], Tensor]:
+def _fit(gated: nn.Module, measures: Measures, damage: dict[str, float]) -> tuple[list[_Fit], Tensor]:
     """Fit the layers of all gates; also return the scores of all units (of blocks only where they have no units)."""
     fits: list[_Fit] = []
     spread: list[Tensor] = []
@@ -94,7 +94,7 @@ def _fit(gated: fx.GraphModule, measures: Measures, damage: dict[str, float]) ->
     for name, gate in gates_of(gated).items():
         measured = measures.blocks[name]
         pooled = measured.pooled.double()
-        hardness = _guess(pooled, measures.hardness[:, None])
+        hardness = _guess(pooled, measures.hardness[measures.reached[name], None])
         for fc, units, weight in zip(
             (gate.block, gate.channel), (measured.block, measured.channel), weights[name], strict=True
         ):
@@ -115,7 +115,7 @@ def _fit(gated: fx.GraphModule, measures: Measures, damage: dict[str, float]) ->
 
 
 @torch.no_grad()
-def _write(gated: fx.GraphModule, measures: Measures, fits: list[_Fit], k: float) -> None:
+def _write(gated: nn.Module, measures: Measures, fits: list[_Fit], k: float) -> None:
     """Give the gates their weights, and closed units their compensation."""
     for fit in fits:
         fit.layer.weight.copy_(k * fit.score.weight + EMPHASIS * fit.hardness.weight)
@@ -126,7 +126,7 @@ def _write(gated: fx.GraphModule, measures: Measures, fits: list[_Fit], k: float
             _compensate(gated, gate, measures.blocks[name])
 
 
-def _compensate(gated: fx.GraphModule, gate: Gate, measured: BlockMeasures) -> None:
+def _compensate(gated: nn.Module, gate: Gate, measured: BlockMeasures) -> None:
     """Set a gate's compensation to what the layer that reads the units would have made of their mean activations."""
     consumer = gate.of.channel_units.consumer if gate.of.channel_units is not None else None
     assert gate.compensation is not None and gate.channel is not None and consumer is not None

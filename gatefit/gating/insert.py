@@ -1,21 +1,24 @@
 """Retrofit: rewrite a traced network so that every block runs under its gates."""
 
+import copy
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
-from gatefit.errors import ConversionError, RecipeError
-from gatefit.gating.gates import PREFIX, Gate, GateForm, GateResult
+from gatefit.errors import ConversionError, RecipeError, UntraceableError
+from gatefit.gating.gates import PREFIX, Gate, GateForm, GateResult, forget_outputs
 from gatefit.gating.info import GatedInfo, GateKinds, set_info
 from gatefit.gating.verify import verify
 from gatefit.graph.accept import unwrap
-from gatefit.graph.blocks import FoundBlocks, ResidualBlock, match_blocks
-from gatefit.graph.channels import with_channel_units
+from gatefit.graph.blocks import FoundBlocks, ResidualBlock
 from gatefit.graph.edit import insert_behind
 from gatefit.graph.example import Example, first_tensor, random_like
 from gatefit.graph.ops import add_compensation, harden, scale
+from gatefit.graph.pairs import find_gatable
+from gatefit.graph.partial import TracedPart, blocks_of, count_calls, put_part, trace_parts
 from gatefit.graph.trace import trace
 from gatefit.inputs.models import input_spec, recognise
 from gatefit.renamed import renamed_argument
@@ -25,7 +28,8 @@ def find_blocks(model: nn.Module, example: Example | None = None) -> FoundBlocks
     """Find every residual block of a network and what its gates would control.
 
     Args:
-        model: a network that torch.fx can trace; untouched. `nn.DataParallel` and `torch.compile` are looked into.
+        model: a network that torch.fx can trace, or that holds submodules which it can trace; untouched.
+            `nn.DataParallel` and `torch.compile` are looked into.
         example: an input, such as images (B, C, H, W); a tuple of several inputs, or a dictionary by their names. By
             default images of the size that the network's own `pretrained_cfg` (timm) names, else (2, 3, 224, 224).
 
@@ -36,7 +40,7 @@ def find_blocks(model: nn.Module, example: Example | None = None) -> FoundBlocks
         ConversionError: the network cannot be traced or does not take the example.
     """
     model = unwrap(model)
-    return _find(model, default_example(model) if example is None else example)[1]
+    return _analyse(model, default_example(model) if example is None else example)[1]
 
 
 @renamed_argument("fill", "compensation")
@@ -46,7 +50,7 @@ def retrofit(
     gates: GateKinds = "lc",
     form: GateForm = "relu1",
     compensation: bool = False,
-) -> fx.GraphModule:
+) -> nn.Module:
     """Return a copy of a network with a block gate and a channel gate retrofitted on each residual block.
 
     The copy computes the same function until the gates are trained. It keeps the original state-dict keys;
@@ -82,28 +86,38 @@ def retrofit(
 
 def rewrite(
     model: nn.Module, example: Example, gates: GateKinds = "lc", form: GateForm = "relu1", compensation: bool = False
-) -> fx.GraphModule:
+) -> nn.Module:
     """Retrofit without the check: for a network whose conversion was checked before."""
     if gates not in ("lc", "l", "c"):
         raise RecipeError(f"gates must be 'lc', 'l' or 'c', not {gates!r}")
     if form not in ("relu1", "step"):
         raise RecipeError(f"form must be 'relu1' or 'step', not {form!r}")
-    traced, found = _find(model, example)
-    chosen = [b for b in found.blocks if "l" in gates or b.units]
+    traced, found = _analyse(model, example)
+    chosen = [b for b in found.blocks if ("l" in gates and b.has_shortcut) or b.units]
+    pairs = [b for b in found.blocks if not b.has_shortcut]
+    if "l" in gates and len(pairs) == len(found.blocks) > 0:
+        raise ConversionError(
+            f"{type(model).__name__} has no residual block, so no block gate can skip anything; channel gates fit its "
+            f"{len(pairs)} pairs of layers: gates 'c' (--gates c)"
+        )
     if not chosen:
         raise ConversionError(no_block_message(type(model).__name__, found))
-    nodes = {node.name: node for node in traced.graph.nodes}
-    traced.add_module(PREFIX, nn.Module())
-    inserted = [_insert_gate(traced, nodes, block, Gate(block, gates, form, compensation)) for block in chosen]
-    for block, parts in zip(chosen, inserted, strict=True):
-        _insert_compensation(traced.graph, nodes, block, parts.compensation)
-        _insert_masks(traced.graph, nodes, block, parts.channel)
-        _insert_skip(traced.graph, nodes, block, parts.block)
-    traced.graph.lint()
-    traced.recompile()
+    fresh = {block.name: Gate(block, gates, form, compensation) for block in chosen}
+    if isinstance(traced, fx.GraphModule):
+        _insert_gates(traced, list(fresh.values()))
+        gated: nn.Module = traced
+    else:
+        gated = copy.deepcopy(model)
+        for part in traced:
+            inside = [fresh[block.name] for block in part.found.blocks if block.name in fresh]
+            if inside:
+                _insert_gates(part.traced, inside)
+                put_part(gated, part)
+        gated.register_forward_pre_hook(forget_outputs)
+        count_calls(gated)
     spec = replace(input_spec(model), shape=tuple(first_tensor(example).shape[1:]))
-    set_info(traced, GatedInfo(gates, form, compensation, spec))
-    return traced
+    set_info(gated, GatedInfo(gates, form, compensation, spec))
+    return gated
 
 
 def no_block_message(model: str, found: FoundBlocks) -> str:
@@ -114,7 +128,10 @@ def no_block_message(model: str, found: FoundBlocks) -> str:
         blocks = f"{len(found.blocks)} residual blocks ({shown}{more})"
         return f"{model} has no channels to gate in its {blocks}; gates='l' gates whole blocks"
     if not found.skipped:
-        return f"{model} has no residual block to gate: there is not one addition of two tensors in it"
+        return (
+            f"{model} has no residual block to gate: there is not one addition of two tensors in it, and no pair of "
+            "layers whose channels can be followed from one to the other"
+        )
     shown = "; ".join(f"{s.node}: {s.reason}" for s in found.skipped[:3])
     more = f"; and {len(found.skipped) - 3} more" if len(found.skipped) > 3 else ""
     return f"{model} has no residual block to gate; {len(found.skipped)} additions were refused ({shown}{more})"
@@ -125,13 +142,35 @@ def default_example(model: nn.Module, batch: int = 2) -> Tensor:
     return torch.zeros(batch, *input_spec(model).shape, device="meta")
 
 
-def _find(model: nn.Module, example: Example) -> tuple[fx.GraphModule, FoundBlocks]:
+def _analyse(model: nn.Module, example: Example) -> tuple[fx.GraphModule | list[TracedPart], FoundBlocks]:
+    """Trace a network, or where that fails the largest parts of it, and find the blocks."""
     if next(model.parameters(), None) is None:
         raise ConversionError(f"{type(model).__name__} has no parameters; pass a trained network")
-    if hasattr(model, PREFIX):
+    if any(name == PREFIX or name.endswith(f".{PREFIX}") for name, _ in model.named_modules()):
         raise ConversionError(f"the network has a part named '{PREFIX}' already; is it converted?")
-    traced = trace(model, example)
-    return traced, with_channel_units(traced, match_blocks(traced))
+    try:
+        traced = trace(model, example)
+        return traced, find_gatable(traced)
+    except UntraceableError as error:
+        if not isinstance(example, Tensor):
+            raise  # parts are found by running batches of other sizes, which one tensor alone is enough to make
+        parts = _parts(model, example, error)
+        images = random_like(model, example)
+    assert isinstance(images, Tensor)
+    return parts, blocks_of(parts, model, images)
+
+
+def _parts(model: nn.Module, example: Tensor, reason: UntraceableError) -> list[TracedPart]:
+    """Trace the parts of a network that cannot be traced as a whole for that reason."""
+    if any(p.is_meta for p in model.parameters()):
+        raise reason  # to see what its parts are given it would have to run
+    try:
+        parts = trace_parts(model, example)
+    except ConversionError as error:
+        raise reason if "does not take" in str(reason) else ConversionError(f"{reason}; {error}") from error
+    if not parts:
+        raise ConversionError(f"{reason}; nor has any part of it that can be traced a residual block") from reason
+    return parts
 
 
 @dataclass(frozen=True)
@@ -141,6 +180,19 @@ class _GateNodes:
     block: fx.Node | None
     channel: fx.Node | None
     compensation: fx.Node | None
+
+
+def _insert_gates(traced: fx.GraphModule, gates: Sequence[Gate]) -> None:
+    """Rewrite a traced network so that its blocks run under their gates."""
+    nodes = {node.name: node for node in traced.graph.nodes}
+    traced.add_module(PREFIX, nn.Module())
+    inserted = [_insert_gate(traced, nodes, gate.of, gate) for gate in gates]
+    for gate, parts in zip(gates, inserted, strict=True):
+        _insert_compensation(traced.graph, nodes, gate.of, parts.compensation)
+        _insert_masks(traced.graph, nodes, gate.of, parts.channel)
+        _insert_skip(traced.graph, nodes, gate.of, parts.block)
+    traced.graph.lint()
+    traced.recompile()
 
 
 def _insert_gate(traced: fx.GraphModule, nodes: dict[str, fx.Node], block: ResidualBlock, gate: Gate) -> _GateNodes:

@@ -7,6 +7,7 @@ information, and no labels of a data set are needed.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,8 +16,10 @@ from gatefit.errors import TrainingError
 from gatefit.gating.gates import Gate, GateResult, gates_of
 from gatefit.gating.info import info_of
 from gatefit.graph.ops import harden, scale
+from gatefit.graph.partial import traced_forwards
 from gatefit.inputs.data import ImageSet, normalise
 from gatefit.inputs.loader import loader
+from gatefit.inputs.models import logits_of
 from gatefit.progress import OnProgress, Progress, silent
 
 SOFTNESS = 4.0
@@ -57,10 +60,12 @@ class Measures:
     blocks: dict[str, BlockMeasures]
     hardness: Tensor
     """(N,) float64: entropy of the softened predictions, in standard deviations from the mean."""
+    reached: dict[str, Tensor]
+    """By block, (N,) bool: whether an image came to it. Python around the parts of a network may leave some out."""
 
 
 def measure(
-    gated: fx.GraphModule,
+    gated: nn.Module,
     images: ImageSet,
     batches: list[list[int]],
     generator: torch.Generator,
@@ -77,14 +82,15 @@ def measure(
         on_progress: called after each batch, as `stage`.
 
     Raises:
-        TrainingError: the network's outputs are not finite.
+        TrainingError: the network's outputs are not finite, or no image came to a block.
     """
     device = next(gated.parameters()).device
     rows: dict[str, list[BlockMeasures]] = {name: [] for name in gates_of(gated)}
+    reached: dict[str, list[Tensor]] = {name: [] for name in rows}
     entropies: list[Tensor] = []
     for done, (pixels, _, _) in enumerate(loader(images, batches), 1):
         probe = Probe(gated)
-        logits = probe.run(normalise(pixels.to(device), info_of(gated).input))
+        logits = logits_of(probe.run(normalise(pixels.to(device), info_of(gated).input)))
         if not bool(logits.isfinite().all()):
             raise TrainingError("the network's outputs are not finite; check its weights, or lower the learning rate")
         labels = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(device)
@@ -92,10 +98,16 @@ def measure(
         entropies.append(-(soft.exp() * soft).sum(1))
         for name, block in probe.measures(nn.functional.cross_entropy(logits, labels, reduction="sum")):
             rows[name].append(block)
+        for name, batches_reached in reached.items():
+            batches_reached.append(torch.full((len(logits),), name in probe.saliences, device=device))
         on_progress(Progress(stage, done, len(batches)))
+    never = [name for name, parts in rows.items() if not parts]
+    if never:
+        raise TrainingError(f"no image came to the block '{never[0]}'; the Python around it leaves it out")
     hardness = torch.cat(entropies)
     hardness = (hardness - hardness.mean()) / hardness.std(correction=0).clamp_min(1e-12)
-    return Measures({name: _joined(parts) for name, parts in rows.items()}, hardness)
+    joined = {name: _joined(parts) for name, parts in rows.items()}
+    return Measures(joined, hardness, {name: torch.cat(parts) for name, parts in reached.items()})
 
 
 def _joined(parts: list[BlockMeasures]) -> BlockMeasures:
@@ -113,7 +125,7 @@ def _joined(parts: list[BlockMeasures]) -> BlockMeasures:
 
 
 @torch.no_grad()
-def block_damage(gated: fx.GraphModule, images: ImageSet, chosen: Tensor, batch: int) -> dict[str, float]:
+def block_damage(gated: nn.Module, images: ImageSet, chosen: Tensor, batch: int) -> dict[str, float]:
     """Measure the damage of skipping each block that has a block gate.
 
     Args:
@@ -133,12 +145,14 @@ def block_damage(gated: fx.GraphModule, images: ImageSet, chosen: Tensor, batch:
         probe = Probe(gated)
         as_it_is = probe.run(x)
         for name in names:
+            if name not in probe.saliences:
+                continue
             opened = probe.saliences[name].block
             assert opened is not None
             skipped = Probe(gated, functools.partial(_forced, name, 0.0)).run(x)
             everywhere = bool((opened == 1).all())  # as at a first start: one run serves all blocks
             run = as_it_is if everywhere else Probe(gated, functools.partial(_forced, name, 1.0)).run(x)
-            log_skipped, log_run = (logits.double().log_softmax(1) for logits in (skipped, run))
+            log_skipped, log_run = (logits_of(x).double().log_softmax(1) for x in (skipped, run))
             divergence = nn.functional.kl_div(log_skipped, log_run, log_target=True, reduction="sum")
             damage[name] += float(divergence) / len(chosen)
     return damage
@@ -152,11 +166,11 @@ def _forced(name: str, salience: float, gate: Gate, x: Tensor) -> GateResult:
     return result._replace(block=torch.full_like(result.block, salience))
 
 
-class Probe(fx.Interpreter):
+class Probe:
     """Runs a gated network with saliences that record gradients, and notes what they multiply."""
 
-    def __init__(self, gated: fx.GraphModule, forward: GateForward = Gate.__call__) -> None:
-        super().__init__(gated)
+    def __init__(self, gated: nn.Module, forward: GateForward = Gate.__call__) -> None:
+        self.gated = gated
         self.forward = forward
         self.saliences: dict[str, GateResult] = {}
         """By block: leaves of the autograd graph."""
@@ -177,6 +191,27 @@ class Probe(fx.Interpreter):
             )
             yield name, BlockMeasures(self.pooled[name], block, channel, self.means.get(name))
 
+    def run(self, x: Tensor) -> Any:
+        """Run the network on images, (B, C, H, W), once; return what it returns."""
+        if isinstance(self.gated, fx.GraphModule):
+            return _ProbedPart(self.gated, self).run(x)
+        forwards = traced_forwards(self.gated).values()
+        try:
+            for forward in forwards:
+                forward.instead = _ProbedPart(forward.view(), self).run
+            return self.gated(x)
+        finally:
+            for forward in forwards:
+                forward.instead = None
+
+
+class _ProbedPart(fx.Interpreter):
+    """Runs a traced network for a probe, and notes there what it sees."""
+
+    def __init__(self, traced: fx.GraphModule, probe: Probe) -> None:
+        super().__init__(traced)
+        self.probe = probe
+
     def run_node(self, n: fx.Node) -> object:
         """Run a node; a gate gives saliences that record gradients, a product with one is noted."""
         if n.op == "call_module" and isinstance(gate := self.fetch_attr(str(n.target)), Gate):
@@ -192,18 +227,18 @@ class Probe(fx.Interpreter):
         source, index = salience.args
         assert isinstance(source, fx.Node) and isinstance(index, int)
         name, level = self.fetch_attr(str(source.target)).of.name, GateResult._fields[index]
-        self.activations[name, level] = _mean(value.detach().abs(), given, axis, per_unit)
+        self.probe.activations[name, level] = _mean(value.detach().abs(), given, axis, per_unit)
         if level == "channel":
-            self.means[name] = _mean(value.detach(), given, axis, per_unit)
+            self.probe.means[name] = _mean(value.detach(), given, axis, per_unit)
 
     def _run_gate(self, gate: Gate, x: Tensor) -> GateResult:
         name = gate.of.name
-        self.pooled[name] = gate.pool(x).detach()
+        self.probe.pooled[name] = gate.pool(x).detach()
         with torch.no_grad():
-            result = self.forward(gate, x)
+            result = self.probe.forward(gate, x)
         block, channel = (None if s is None else s.clone().requires_grad_() for s in (result.block, result.channel))
-        self.saliences[name] = GateResult(block, channel, result.compensation)
-        return self.saliences[name]
+        self.probe.saliences[name] = GateResult(block, channel, result.compensation)
+        return self.probe.saliences[name]
 
 
 def _mean(value: Tensor, salience: Tensor, axis: int, per_unit: int = 1) -> Tensor:

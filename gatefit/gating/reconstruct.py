@@ -8,15 +8,16 @@ taken in order, so each sees what the repaired ones before it give. No labels, n
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from gatefit.gating.gates import Gate
+from gatefit.gating.gates import Gate, opened_gates
 from gatefit.graph.ops import add_compensation
+from gatefit.graph.partial import inputs_of, parts_of
 from gatefit.graph.trace import call_counts, module_of, shape_of
 from gatefit.progress import OnProgress, Progress, silent
 
@@ -30,14 +31,18 @@ LIVE = 4
 """Large values that stand at once: what a layer reads and what it gives, in both runs."""
 
 
-def images_that_fit(gated: fx.GraphModule) -> int:
+def images_that_fit(gated: nn.Module) -> int:
     """Tell how many images `reconstruct` can hold at once."""
-    shapes = [s for n in gated.graph.nodes if (s := shape_of(n)) is not None and len(s) > 1]
-    return max(1, MEMORY // (4 * LIVE * max(math.prod(s[1:]) for s in shapes)))
+    held, largest = 0, 1
+    for path, part in parts_of(gated).items():
+        sizes = [math.prod(s[1:]) for n in part.graph.nodes if (s := shape_of(n)) is not None and len(s) > 1]
+        held += sizes[0] if path else 0  # what each part is given stands all the time
+        largest = max(largest, *sizes)
+    return max(1, MEMORY // (4 * (held + LIVE * largest)))
 
 
 @torch.no_grad()
-def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], on_progress: OnProgress = silent) -> int:
+def reconstruct(gated: nn.Module, batches: Iterable[Tensor], on_progress: OnProgress = silent) -> int:
     """Reconstruct the layers of `gated` that read changed inputs, in place, its gates as they are; leaves eval mode.
 
     Example: a linear layer has the weight 2. With all gates open it reads 1 and gives 2; gated, it reads 0.5 and
@@ -55,11 +60,39 @@ def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], on_progress: O
         How many layers were reconstructed.
     """
     gated.eval()
-    runs = _Runs(gated, list(batches))
+    images = list(batches)
+    if isinstance(gated, fx.GraphModule):
+        steps = len(gated.graph.nodes)
+        return _reconstruct_part(gated, images, images, lambda done: on_progress(Progress("reconstruct", done, steps)))
+    parts = parts_of(gated)
+    with opened_gates(gated):
+        originals = [inputs_of(gated, x) for x in images]
+    reconstructed = 0
+    for done, (path, part) in enumerate(parts.items(), 1):
+        wanted = [given[path] for given in originals if path in given]
+        actual = [given[path] for given in (inputs_of(gated, x) for x in images) if path in given]
+        if wanted and len(actual) == len(wanted):  # Python around a part may leave it out for some images
+            same = all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True))
+            reconstructed += _reconstruct_part(part, wanted, wanted if same else actual)
+        on_progress(Progress("reconstruct", done, len(parts)))
+    return reconstructed
+
+
+def _reconstruct_part(
+    gated: fx.GraphModule, wanted: list[Tensor], actual: list[Tensor], tell: Callable[[int], None] = lambda done: None
+) -> int:
+    """Reconstruct the layers of one graph.
+
+    Args:
+        wanted: what the graph is given in the original, by batch.
+        actual: what it is given now; the same list where that is the same.
+        tell: called with the number of each node.
+    """
+    runs = _Runs(gated, wanted, actual)
     calls = call_counts(gated)
     reconstructed = 0
     for done, node in enumerate(gated.graph.nodes, 1):
-        on_progress(Progress("reconstruct", done, len(gated.graph.nodes)))
+        tell(done)
         if node.op == "output":
             break
         changed = runs.run_open(node)
@@ -74,8 +107,8 @@ def reconstruct(gated: fx.GraphModule, batches: Iterable[Tensor], on_progress: O
 class _Runs:
     """The values of both runs, batch by batch, for as long as a later node reads them."""
 
-    def __init__(self, gated: fx.GraphModule, images: list[Tensor]) -> None:
-        self.gated, self.images = gated, images
+    def __init__(self, gated: fx.GraphModule, wanted: list[Tensor], given: list[Tensor]) -> None:
+        self.gated, self.wanted, self.given = gated, wanted, given
         self.interpreter = fx.Interpreter(gated)
         self.open: dict[fx.Node, list[Any]] = {}
         self.actual: dict[fx.Node, list[Any]] = {}
@@ -87,7 +120,9 @@ class _Runs:
 
     def run_open(self, node: fx.Node) -> bool:
         """Run a node as if all gates were open; return whether the gated run may give another value."""
-        self.open[node] = [self._value(node, self.open, i) for i in range(len(self.images))]
+        self.open[node] = [self._value(node, self.open, i) for i in range(len(self.given))]
+        if node.op == "placeholder":
+            return self.given is not self.wanted
         gate = isinstance(module_of(self.gated, node), Gate)
         return gate or any(self.open[n] is not self.actual[n] for n in node.all_input_nodes)
 
@@ -95,7 +130,7 @@ class _Runs:
         """Run a node with the gates, if that differs, and drop what nobody reads any more."""
         self.actual[node] = self.open[node]
         if changed:
-            values = [self._value(node, self.actual, i) for i in range(len(self.images))]
+            values = [self._value(node, self.actual, i) for i in range(len(self.given))]
             if not isinstance(module_of(self.gated, node), Gate) or not _same(values, self.open[node]):
                 self.actual[node] = values
         for done in self.read_last.get(node, ()):
@@ -105,7 +140,7 @@ class _Runs:
         args: Any = fx.map_arg(node.args, lambda n: values[n][i])
         kwargs: Any = fx.map_arg(node.kwargs, lambda n: values[n][i])
         if node.op == "placeholder":
-            return self.images[i]
+            return (self.wanted if values is self.open else self.given)[i]
         module = module_of(self.gated, node)
         if isinstance(module, Gate) and values is self.open:
             return module.opened(args[0])
@@ -149,7 +184,7 @@ def _reconstruct_layer(gated: fx.GraphModule, node: fx.Node, layer: Any, runs: _
     size = read + (compensation.in_features if compensation is not None else 0)
     gram = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
     cross = torch.zeros(size, layer.weight.shape[0], dtype=torch.float64, device=layer.weight.device)
-    images = sum(len(x) for x in runs.images)
+    images = sum(len(x) for x in runs.given)
     for i, x in enumerate(runs.actual[source]):
         missing = runs.open[node][i] - layer(x)
         inputs = [_inputs(layer, x)] if moves else []

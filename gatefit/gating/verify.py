@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from gatefit.errors import ConversionError
 from gatefit.gating.gates import Gate, gates_of
 from gatefit.graph.example import Example, call
+from gatefit.graph.partial import parts_of, same_kernels
 from gatefit.graph.trace import call_counts
 
 
@@ -28,7 +29,7 @@ class Verification:
 
 
 @torch.no_grad()
-def verify(model: nn.Module, gated: fx.GraphModule, image: Example, seed: int = 0) -> Verification:
+def verify(model: nn.Module, gated: nn.Module, image: Example, seed: int = 0) -> Verification:
     """Check a fresh conversion in eval mode on the example `image`; both networks stay as they are.
 
     Purity: a second call of `model` gives the same, and none changes a buffer. Identity: all outputs of `gated` equal
@@ -68,7 +69,12 @@ def verify(model: nn.Module, gated: fx.GraphModule, image: Example, seed: int = 
                 blocks += 1
                 deep.append(gate)
         outputs = _outputs(subject, image)
-        only = {name for name, count in call_counts(gated).items() if count == 1}
+        only = {
+            f"{path}.{name}" if path else name
+            for path, part in parts_of(gated).items()
+            for name, count in call_counts(part).items()
+            if count == 1
+        }
         for gate in deep:
             _corrupt_block(state, gate, only, generator)
         if not _equal(outputs, _outputs(subject, image)):
@@ -96,7 +102,7 @@ def _pure_outputs(model: nn.Module, image: Example) -> list[Tensor]:
     return outputs
 
 
-def _check_training(model: nn.Module, gated: fx.GraphModule, image: Example) -> None:
+def _check_training(model: nn.Module, gated: nn.Module, image: Example) -> None:
     """Refuse a network of which code of its own changes buffers in train mode, if the gated copy does not."""
     own = {f"{path}.{name}" if path else name for path, m in model.named_modules() if _is_own(m) for name in m._buffers}
     if not own:
@@ -178,7 +184,7 @@ def _reproducible() -> Iterator[None]:
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), same_kernels():
             yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before

@@ -118,6 +118,9 @@ class ResidualBlock:
     """Why there is no channel gate; empty where there is one."""
     channel_limit: str = ""
     """Why closed channels save no work in what reads them; empty where they do."""
+    has_shortcut: bool = True
+    """False: a pair of layers that follow each other (`gatefit.graph.pairs`), which takes a channel gate alone. Its
+    `output` is the second layer, and its `add` a node behind it."""
 
     @property
     def channels(self) -> int:
@@ -151,11 +154,13 @@ class FoundBlocks:
     skipped: tuple[Skipped, ...]
     macs: int
     """MACs per image of the whole network, dense."""
+    parts: tuple[str, ...] = ()
+    """Names of the submodules that were traced; none: the network was traced as a whole."""
 
     @property
     def block_share(self) -> float:
         """Compute the share of the MACs that stands in residual branches."""
-        return sum(b.macs for b in self.blocks) / max(1, self.macs)
+        return sum(b.macs for b in self.blocks if b.has_shortcut) / max(1, self.macs)
 
     @property
     def channel_share(self) -> float:

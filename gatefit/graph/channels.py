@@ -44,7 +44,7 @@ _ZERO_LOSING_CALLS = {F.sigmoid, F.hardsigmoid, F.softplus, torch.sigmoid, "sigm
 _PRODUCTS = {operator.mul, torch.mul, "mul"}
 
 
-class _NoChannelGate(Exception):
+class NoChannelGate(Exception):
     """Why the walk from one layer ended."""
 
 
@@ -88,6 +88,7 @@ def _with_units(traced: fx.GraphModule, calls: Counter[str], block: ResidualBloc
     macs = {layer.name: layer.macs for layer in block.layers}
     reasons: list[str] = []
     found: list[tuple[int, ChannelUnits, str]] = []
+    entry = next(n for n in traced.graph.nodes if n.name == block.entry)
     behind = {block.entry}  # what is computed from weights alone is the same for all images
     for node in traced.graph.nodes:
         if node.name in block.nodes and any(s.name in behind for s in node.all_input_nodes):
@@ -99,8 +100,8 @@ def _with_units(traced: fx.GraphModule, calls: Counter[str], block: ResidualBloc
         limit = ""
         for lenient in (False, True) if isinstance(module, nn.modules.conv._ConvNd) else (False,):
             try:
-                units = _units_from(traced, calls, block, node, module, lenient)
-            except _NoChannelGate as stop:
+                units = units_from(traced, calls, block.nodes, entry, node, module, lenient)
+            except NoChannelGate as stop:
                 if not lenient:
                     limit = str(stop)
                     reasons.append(f"{layer_name(node)}: {stop}")
@@ -116,22 +117,36 @@ def _with_units(traced: fx.GraphModule, calls: Counter[str], block: ResidualBloc
     return replace(block, channel_units=units, layers=layers, channel_limit=limit)
 
 
-def _units_from(
+def units_from(
     traced: fx.GraphModule,
     calls: Counter[str],
-    block: ResidualBlock,
+    cone: frozenset[str],
+    entry: fx.Node,
     start: fx.Node,
     module: nn.Module,
     lenient: bool,
 ) -> ChannelUnits:
-    """Trace the outputs of layer `start` to all their readers, as the channel units of a block."""
+    """Trace the outputs of layer `start` to all their readers as channel units.
+
+    Args:
+        traced: the network.
+        calls: how often each layer's weights are used, see `call_counts`.
+        cone: names of the nodes among which all readers have to be.
+        entry: what the gate reads: its batch is that of the images.
+        start: calls the layer.
+        module: the layer.
+        lenient: whether readers that are not understood may be given zeros.
+
+    Raises:
+        NoChannelGate: the channels cannot be followed, and why.
+    """
     _check_called_once(calls, start)
     _check_plain(module)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        raise _NoChannelGate("transposed convolution")
+        raise NoChannelGate("transposed convolution")
     axis, channels = _output_channels(start, module)
-    _check_batch(start, next(n for n in traced.graph.nodes if n.name == block.entry))
-    walk = _Walk(traced, calls, set(block.nodes), channels, channels, lenient=lenient)
+    _check_batch(start, entry)
+    walk = _Walk(traced, calls, set(cone), channels, channels, lenient=lenient)
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         walk.units = gcd(channels, module.groups)
     _claim_rows(walk, start, module, channels)
@@ -144,13 +159,13 @@ def _units_from(
             if reads_size(user):
                 continue
             if user.name not in walk.cone:
-                raise _NoChannelGate("its channels are the branch's own output")
+                raise NoChannelGate("its channels are the branch's own output")
             if _step(walk, node, user) and user not in frontier:
                 frontier.append(user)
     if not walk.consumers:
-        raise _NoChannelGate("nothing reads its channels")
+        raise NoChannelGate("nothing reads its channels")
     if not walk.units > 1:
-        raise _NoChannelGate("only one unit")
+        raise NoChannelGate("only one unit")
     masks = sorted(_mask_nodes(walk, start))
     again = _behind(walk, masks)
     widths = {node: walk.aligned[node] for node in masks}
@@ -174,30 +189,30 @@ def _units_from(
 
 def _check_called_once(calls: Counter[str], node: fx.Node) -> None:
     if calls[str(node.target)] > 1:
-        raise _NoChannelGate(f"the weights of '{node.target}' are used more than once")
+        raise NoChannelGate(f"the weights of '{node.target}' are used more than once")
 
 
 def _check_batch(node: fx.Node, before: fx.Node) -> None:
     """Refuse channels that are not those of one image, such as those of a window: gates decide for each image."""
     shape, expected = shape_of(node), shape_of(before)
     if shape is None or expected is None or shape[0] != expected[0]:
-        raise _NoChannelGate(f"the batch axis of '{node.name}' is folded with another, as of windows")
+        raise NoChannelGate(f"the batch axis of '{node.name}' is folded with another, as of windows")
 
 
 def _check_plain(module: nn.Module) -> None:
     if "weight" not in module._parameters:
-        raise _NoChannelGate("its weight is computed (weight or spectral normalisation)")
+        raise NoChannelGate("its weight is computed (weight or spectral normalisation)")
 
 
 def _check_columns(node: fx.Node, module: nn.Module) -> None:
     if isinstance(module, _STANDARDISED):
-        raise _NoChannelGate(f"the weights of '{node.name}' are standardised over all that it reads")
+        raise NoChannelGate(f"the weights of '{node.name}' are standardised over all that it reads")
 
 
 def _output_channels(node: fx.Node, module: nn.Module) -> tuple[int, int]:
     shape = shape_of(node)
     if shape is None:
-        raise _NoChannelGate("its output shape is unknown")
+        raise NoChannelGate("its output shape is unknown")
     axis = len(shape) - 1 if isinstance(module, nn.Linear) else 1
     return axis, shape[axis]
 
@@ -207,7 +222,7 @@ def _step(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
     before = (walk.units, list(walk.slices), set(walk.scaled))
     try:
         return _follow(walk, node, user)
-    except _NoChannelGate:
+    except NoChannelGate:
         if not walk.lenient or user in walk.aligned:
             raise
         walk.units, walk.slices, walk.scaled = before
@@ -252,15 +267,15 @@ def _follow(walk: _Walk, node: fx.Node, user: fx.Node) -> bool:
         keeps = None
     if keeps is None:
         what = type(module).__name__ if module is not None else getattr(user.target, "__name__", user.target)
-        raise _NoChannelGate(f"its channels reach '{user.name}' ({what}), which may mix them")
+        raise NoChannelGate(f"its channels reach '{user.name}' ({what}), which may mix them")
     shape, before = shape_of(user), shape_of(node)
     if shape is None or before is None or len(shape) != len(before) or shape[axis] != walk.channels * wide:
-        raise _NoChannelGate(f"'{user.name}' moves its channels")
+        raise NoChannelGate(f"'{user.name}' moves its channels")
     _check_batch(user, node)
     walk.keeps_zero[node, user] = keeps
     fresh = user not in walk.aligned
     if not fresh and walk.aligned[user] != (axis, wide):
-        raise _NoChannelGate(f"'{user.name}' joins channels of different kinds")
+        raise NoChannelGate(f"'{user.name}' joins channels of different kinds")
     walk.aligned[user] = (axis, wide)
     return fresh
 
@@ -272,17 +287,17 @@ def _through_layer(walk: _Walk, node: fx.Node, user: fx.Node, module: nn.Module)
     walk.scaled.add(layer_name(user))
     if isinstance(module, nn.Linear):
         if axis != len(shape_of(node) or ()) - 1:
-            raise _NoChannelGate(f"'{user.name}' mixes positions, not channels")
+            raise NoChannelGate(f"'{user.name}' mixes positions, not channels")
         walk.slices.append((f"{user.target}.weight", 1, size))
         return None
     assert isinstance(module, nn.modules.conv._ConvNd)
     if axis != 1 or isinstance(module, nn.modules.conv._ConvTransposeNd):
-        raise _NoChannelGate(f"'{user.name}' does not read its channels on axis 1")
+        raise NoChannelGate(f"'{user.name}' does not read its channels on axis 1")
     if module.groups == 1:
         walk.slices.append((f"{user.target}.weight", 1, size))
         return None
     if module.out_channels % walk.channels:
-        raise _NoChannelGate(f"'{user.name}' has groups that do not fit its channels")
+        raise NoChannelGate(f"'{user.name}' has groups that do not fit its channels")
     walk.units = gcd(walk.units, module.groups)
     _claim_rows(walk, user, module, module.out_channels)
     return module.bias is None, module.out_channels // walk.channels
@@ -296,7 +311,7 @@ def _claim_rows(walk: _Walk, node: fx.Node, module: nn.Module, size: int) -> Non
 
 def _claim_norm(walk: _Walk, node: fx.Node, module: nn.Module, axis: int) -> None:
     if axis != 1:
-        raise _NoChannelGate(f"'{node.name}' normalises another axis")
+        raise NoChannelGate(f"'{node.name}' normalises another axis")
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(module, name, None)
         if tensor is not None:

@@ -20,15 +20,10 @@ def node_macs(traced: fx.GraphModule, node: fx.Node) -> int:
     shape = shape_of(node)
     if shape is None or not shape:
         return 0
-    per_image = prod(shape[1:]) * _rows_per_image(traced, shape[0])
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        source = shape_of(node.args[0])
-        rows = _rows_per_image(traced, shape[0])
-        return rows * prod(source[1:]) * prod(module.weight.shape[1:]) if source else 0
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return per_image * prod(module.weight.shape[1:])
-    if isinstance(module, nn.Linear):
-        return per_image * module.in_features
+    rows = _rows_per_image(traced, shape[0])
+    if module is not None:
+        return rows * module_macs(module, shape_of(node.args[0]) if node.args else None, shape)
+    per_image = rows * prod(shape[1:])
     if node.op == "call_function" and node.target in _CONVOLUTIONS:
         weight = shape_of(_weight_of(node))
         return per_image * prod(weight[1:]) if weight else 0
@@ -42,6 +37,17 @@ def _rows_per_image(traced: fx.GraphModule, rows: int) -> int:
     """Count the rows of a batch that belong to one image: more than one where windows are folded with the batch."""
     batch = next((s[0] for n in traced.graph.find_nodes(op="placeholder") if (s := shape_of(n))), rows)
     return rows // batch if rows % batch == 0 else 1
+
+
+def module_macs(module: nn.Module, source: torch.Size | None, shape: torch.Size) -> int:
+    """Count the MACs per image of a module that turns a tensor of shape `source` into one of `shape`."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return prod(source[1:]) * prod(module.weight.shape[1:]) if source else 0
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return prod(shape[1:]) * prod(module.weight.shape[1:])
+    if isinstance(module, nn.Linear):
+        return prod(shape[1:]) * module.in_features
+    return 0
 
 
 def _weight_of(call: fx.Node) -> object:

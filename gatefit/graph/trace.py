@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from gatefit.errors import ConversionError, first_line
+from gatefit.errors import ConversionError, UntraceableError, first_line
 from gatefit.graph.accept import check_copyable, check_hooks
+from gatefit.graph.call import call_of, with_call
 from gatefit.graph.example import Example, named_inputs, on_meta
 from gatefit.graph.network import RewrittenNetwork
 from gatefit.graph.tracer import ShapeTracer
@@ -43,21 +44,23 @@ def trace(model: nn.Module, example: Example | None = None) -> fx.GraphModule:
     Raises:
         ConversionError: the network cannot be traced, or does not take the example.
     """
+    if _is_variadic(model) and (example is None or isinstance(example, Tensor)):
+        model = _with_one_input(model, example)
     modes = {name: module.training for name, module in model.named_modules()}
     inputs = None if example is None else named_inputs(model, on_meta(model, example))
     tracer = ShapeTracer(inputs)
     check_copyable(model)
     check_hooks(model, tracer.is_leaf_module)
-    analysed = _out_of_place(_on_meta(model))
+    analysed = out_of_place(_on_meta(model))
     try:
         graph = tracer.trace(analysed, concrete_args=_defaults(model, inputs))
     except ConversionError:
         raise
     except Exception as error:
-        raise ConversionError(
+        raise UntraceableError(
             f"{type(model).__name__} cannot be traced by torch.fx{_where(error)}: {first_line(error)}{_advice(error)}"
         ) from error
-    root = _out_of_place(copy.deepcopy(model))
+    root = out_of_place(copy.deepcopy(model))
     _take_constants(graph, analysed, root)
     _drop_frozen_inputs(graph, inputs)
     _functionalise(graph)
@@ -85,8 +88,8 @@ def _advice(error: BaseException) -> str:
     return "; what runs must not hang on values in a tensor: use torch.where, or decide by shapes" if hangs else ""
 
 
-def _out_of_place(network: Network) -> Network:
-    """Copy `network` with modules that no longer write into what they read."""
+def out_of_place(network: Network) -> Network:
+    """Let no module of `network` write into what it reads; return it."""
     for module in network.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
@@ -103,11 +106,16 @@ def _on_meta(network: Network) -> Network:
 
 
 def propagate_shapes(traced: fx.GraphModule, example: Tensor) -> None:
-    """Run `traced` on the meta device and note each tensor node's `meta["shape"]`."""
-    analysed = _on_meta(traced).eval()
+    """Run `traced` on the meta device, or where values decide on its own, and note each tensor's `meta["shape"]`."""
     try:
-        shapes = _ShapeInterpreter(analysed)
-        shapes.run(torch.empty_like(example, device="meta"))
+        try:
+            shapes = _ShapeInterpreter(_on_meta(traced).eval())
+            shapes.run(torch.empty_like(example, device="meta"))
+        except Exception:
+            shapes = _ShapeInterpreter(copy.deepcopy(traced).eval())
+            device = next(traced.parameters()).device
+            with torch.no_grad():
+                shapes.run(torch.zeros(example.shape, dtype=example.dtype, device=device))
     except Exception as error:
         raise ConversionError(
             f"the network does not take an input of shape {tuple(example.shape)}: {first_line(error)}; "
@@ -159,6 +167,18 @@ def path_of(node: fx.Node) -> str:
     """Give the qualified name of the innermost module in whose forward the node was recorded; '' at the root."""
     stack = node.meta.get("nn_module_stack")
     return str(next(reversed(stack))) if stack else ""
+
+
+def _is_variadic(model: nn.Module) -> bool:
+    """Tell whether forward takes any number of inputs, as in `forward(self, x, *args, **kwargs)`."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(p.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for p in parameters)
+
+
+def _with_one_input(model: nn.Module, example: Tensor | None) -> nn.Module:
+    """Let a network of any number of inputs take one, where it can be called so."""
+    call = call_of(model, (torch.zeros(1) if example is None else example,), {})
+    return model if call is None else with_call(model, call[0])
 
 
 def _defaults(root: nn.Module, inputs: dict[str, Any] | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from math import prod
 from typing import Any
 
@@ -21,17 +22,25 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gatefit.errors import ConversionError, first_line
+from gatefit.errors import UntraceableError, first_line
 
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 """Modules whose multiply-accumulates are counted."""
 
+_COMPOSED = (
+    nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)  # fmt: skip
+"""PyTorch's own modules that have residual branches in them."""
+
+_LAYOUT = {"is_nested", "is_sparse", "is_quantized"}
+"""What PyTorch asks a tensor, and no values or devices change."""
 _UNKNOWN = object()
 _VALUE = "value"
 
 
 class ShapeTracer(fx.Tracer):
-    """Keeps as one node only what has no convolution or linear layer in it, and PyTorch's own modules.
+    """Keeps as one node only what has no convolution or linear layer in it, and most of PyTorch's own modules.
 
     Args:
         inputs: what forward will be given, by argument, on the meta device; None: shapes stay unknown, as in torch.fx.
@@ -57,6 +66,8 @@ class ShapeTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is kept as one node."""
+        if isinstance(m, _COMPOSED) and self.inputs is not None:
+            return False
         if super().is_leaf_module(m, module_qualified_name) or isinstance(m, WEIGHTED):
             return True
         if any(isinstance(s, WEIGHTED) for s in m.modules()):
@@ -87,6 +98,8 @@ class ShapeTracer(fx.Tracer):
             return node
         if isinstance(a, _Shape):
             return tuple(self.create_arg(x) for x in a)
+        if isinstance(a, dict) and is_dataclass(a):  # such as the outputs of Hugging Face's networks
+            return self.create_node("call_function", type(a), (), {k: self.create_arg(v) for k, v in a.items()})
         return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
@@ -122,7 +135,7 @@ class ShapeTracer(fx.Tracer):
         except Exception as error:
             tensors = [leaf for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
             shapes = " and ".join(str(tuple(t.shape)) for t in tensors)
-            raise ConversionError(
+            raise UntraceableError(
                 f"the network does not take an input of shape {shapes}: {first_line(error)}; "
                 "pass an example of the size and type that it was built for"
             ) from error
@@ -194,6 +207,8 @@ class _ShapedProxy(fx.Proxy):
                 return _Shape(_sizes(self, value))
             if k == "ndim":
                 return value.dim()
+            if k in _LAYOUT:
+                return bool(getattr(value, k))
         return _ShapedAttribute(self, k)
 
     def size(self, dim: int | None = None) -> Any:

@@ -234,15 +234,34 @@ def output_count(model: nn.Module, spec: InputSpec) -> int:
     parameter = next(model.parameters(), torch.zeros(0))
     try:
         with evaluating(model):
-            logits = model(torch.zeros(1, *spec.shape, device=parameter.device, dtype=parameter.dtype))
+            logits = logits_of(model(torch.zeros(1, *spec.shape, device=parameter.device, dtype=parameter.dtype)))
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"the network does not take images of {'x'.join(map(str, spec.shape))} (channels, height, width) "
             f"({first_line(error)[:120]}); pass --image-size N (in a recipe model.image_size)"
         ) from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
+    if logits.dim() != 2:
         raise ModelError("the network does not return one row of logits for each image")
     return logits.shape[1]
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Return the logits, (B, classes), of what a network returned: a tensor, or what holds one as `logits`.
+
+    Networks of Hugging Face's transformers return the latter, and torchvision's GoogLeNet in train mode.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    logits = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", outputs)
+    if not isinstance(logits, Tensor):
+        raise ModelError(
+            f"the network returns {type(outputs).__name__}, not logits (B, classes); wrap it in a module whose "
+            "forward returns them"
+        )
+    return logits
 
 
 def _torchvision_names() -> list[str]:

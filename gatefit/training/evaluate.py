@@ -6,14 +6,14 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gatefit.errors import DataError, GatefitWarning, ModelError
 from gatefit.gating.cost import GateDecider
 from gatefit.gating.info import image_spec
 from gatefit.inputs.data import Source, as_images, normalise
 from gatefit.inputs.loader import loader
-from gatefit.inputs.models import output_count
+from gatefit.inputs.models import logits_of, output_count
 from gatefit.mode import evaluating
 from gatefit.progress import OnProgress, Progress, silent
 
@@ -73,7 +73,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    gated: fx.GraphModule,
+    gated: nn.Module,
     data: Source,
     teacher: nn.Module | None = None,
     on_progress: OnProgress = silent,
@@ -107,12 +107,12 @@ def evaluate(
         for batch, labels, _ in loader(images, [i.tolist() for i in indices]):
             x = normalise(batch.to(device), spec)
             _check_finite(x, "pixels", done)
-            logits = gated(x)
+            logits = logits_of(gated(x))
             _check_finite(logits, "answers of the network", done)
             answers.append(logits.argmax(1).cpu())
             truth.append(labels)
             if teacher is not None:
-                wanted = teacher(x)
+                wanted = logits_of(teacher(x))
                 _check_teacher(wanted, logits)
                 dense_answers.append(wanted.argmax(1).cpu())
             decided = decider.decisions()

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from torch import fx, nn
+from torch import nn
 
 from gatefit.errors import ModelError, RecipeError
 from gatefit.gating.cost import costs_of
-from gatefit.gating.gates import PREFIX, gates_of
+from gatefit.gating.gates import gates_of, is_gate_key
 from gatefit.gating.info import image_spec, info_of
 from gatefit.gating.threshold import smallest_share
 from gatefit.inputs.data import ImageSet, Source, as_images
@@ -27,7 +27,7 @@ SCRATCH_RAMP = 0.2
 
 @renamed_argument("report", "on_progress")
 def finetune(
-    gated: fx.GraphModule,
+    gated: nn.Module,
     data: Source,
     teacher: nn.Module | None = None,
     l1: float | None = None,
@@ -106,9 +106,7 @@ def finetune(
     return history
 
 
-def check_settings(
-    gated: fx.GraphModule, images: ImageSet, loop: FinetunePart, closing: ClosingPart, start: str
-) -> None:
+def check_settings(gated: nn.Module, images: ImageSet, loop: FinetunePart, closing: ClosingPart, start: str) -> None:
     """Refuse settings with which no gate would close, or that contradict each other, before anything is trained.
 
     Raises:
@@ -155,9 +153,9 @@ def resolve(loop: FinetunePart, closing: ClosingPart, start: str, trained: bool)
     return closing
 
 
-def _tell_of_frozen(gated: fx.GraphModule, on_progress: OnProgress) -> None:
+def _tell_of_frozen(gated: nn.Module, on_progress: OnProgress) -> None:
     """Say how much of the network stays as it is because its owner froze it."""
-    own = [p for name, p in gated.named_parameters() if not name.startswith(f"{PREFIX}.")]
+    own = [p for name, p in gated.named_parameters() if not is_gate_key(name)]
     frozen = sum(not p.requires_grad for p in own)
     if frozen:
         text = f"{frozen} of the network's {len(own)} parameter tensors are frozen (requires_grad=False) and stay so"
@@ -165,7 +163,7 @@ def _tell_of_frozen(gated: fx.GraphModule, on_progress: OnProgress) -> None:
 
 
 @contextmanager
-def _gates_frozen(gated: fx.GraphModule, frozen: bool) -> Iterator[None]:
+def _gates_frozen(gated: nn.Module, frozen: bool) -> Iterator[None]:
     """Take the gates out of the training for a while, where `frozen` says so."""
     gates = [p for gate in gates_of(gated).values() for fc in gate.layers for p in fc.parameters()]
     changed = [p for p in gates if p.requires_grad and frozen]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from gatefit.gating.cost import costs_of, decisions_of
 from gatefit.gating.gates import gates_of
@@ -42,7 +42,7 @@ class GateClosing:
 
     def __init__(
         self,
-        gated: fx.GraphModule,
+        gated: nn.Module,
         images: ImageSet,
         loop: FinetunePart,
         closing: ClosingPart,

@@ -6,15 +6,18 @@ much, and where gates close is where it goes wrong (FitNets, arXiv 1412.6550).
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gatefit.errors import ConversionError
-from gatefit.gating.gates import PREFIX, gates_of
+from gatefit.gating.gates import gates_of, is_gate_key
 from gatefit.gating.info import info_of
 from gatefit.graph.fold import fold_batch_norms
+from gatefit.graph.partial import traced_forwards
+from gatefit.inputs.models import logits_of
 from gatefit.recipe import DistillationPart
 
 COMPARED = 9
@@ -43,7 +46,8 @@ class Objective(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the loss, a scalar, and the predictions, (B, classes), for images (B, C, H, W) and labels (B,)."""
-        logits, outputs = self.student(x)
+        result, outputs = self.student(x)
+        logits = logits_of(result)
         loss = logits.new_zeros((), dtype=torch.float32)
         if self.weight < 1:
             loss = loss + (1 - self.weight) * F.cross_entropy(logits.float(), labels)
@@ -71,11 +75,13 @@ class Teacher(nn.Module):
         super().__init__()
         self.blocks: tuple[str, ...] = ()
         try:
+            if traced_forwards(student):  # what cannot be traced is not fast either
+                raise ConversionError("the original cannot be traced as a whole")
             shape = info_of(student).input.shape if isinstance(student, fx.GraphModule) else None
             self.network: nn.Module = fold_batch_norms(original, None if shape is None else torch.zeros(2, *shape))
             if features and isinstance(student, fx.GraphModule) and _is_original(original, student):
-                every = math.ceil(len(gates_of(student)) / COMPARED)
-                self.blocks = tuple(gate.of.add for gate in gates_of(student).values())[::-every][::-1]
+                shown = tuple(gate.of.add for gate in gates_of(student).values() if gate.of.add)
+                self.blocks = shown[:: -math.ceil(len(shown) / COMPARED)][::-1] if shown else ()
             self.network = with_outputs_of(self.network, self.blocks)
         except ConversionError:
             self.network = _PredictionsOnly(copy.deepcopy(original))
@@ -86,9 +92,9 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return predictions, (B, classes), and the outputs of `blocks`, (B, ...) each."""
-        logits, outputs = self.network(x)
-        return logits, outputs
+        """Predictions, (B, classes), and the outputs of `blocks`, (B, ...) each."""
+        result, outputs = self.network(x)
+        return logits_of(result), outputs
 
 
 class _PredictionsOnly(nn.Module):
@@ -96,7 +102,7 @@ class _PredictionsOnly(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
         return self.network(x), ()
 
 
@@ -132,4 +138,4 @@ def feature_distance(outputs: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) ->
 
 def _is_original(original: nn.Module, gated: nn.Module) -> bool:
     shapes = {k: v.shape for k, v in original.state_dict().items()}
-    return shapes == {k: v.shape for k, v in gated.state_dict().items() if not k.startswith(f"{PREFIX}.")}
+    return shapes == {k: v.shape for k, v in gated.state_dict().items() if not is_gate_key(k)}

@@ -18,7 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from gatefit.errors import CheckpointError, RecipeError, TrainingError, first_line
 from gatefit.files import tensors_digest, write_tensors
-from gatefit.gating.gates import PREFIX, Gate
+from gatefit.gating.gates import Gate, is_gate_key
 from gatefit.inputs.data import ImageSet, normalise
 from gatefit.inputs.loader import augment, generator, loader
 from gatefit.inputs.models import InputSpec
@@ -175,7 +175,7 @@ class Trainer:
             for controller in self.controllers:
                 controller.step(step, self.steps, self._average)
             if self.controllers:
-                self._agree([t for k, t in self.network.state_dict().items() if k.startswith(f"{PREFIX}.")])
+                self._agree([t for k, t in self.network.state_dict().items() if is_gate_key(k)])
             self._note(loss_sum / world, right_sum, share_sum / world)
             due = time.monotonic() - saved > CHECKPOINT_SECONDS or self.state.step % self.per_epoch == 0
             if checkpoint is not None and due and self.accelerator.is_main_process:

@@ -168,7 +168,8 @@ def test_inspect():
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and found["blocks"] and found["blocks"][0]["macs"] > 0
     assert "under a channel gate" in gatefit("inspect", "test_resnet").stdout
-    assert "no residual block" in refused("inspect", "torchvision/vgg11")
+    assert "no residual block" in refused("inspect", "timm/repvgg_a0")
+    assert "4 pairs of layers" in gatefit("inspect", "torchvision/vgg11").stdout
 
 
 def test_json_stays_json_when_a_library_prints(tmp_path):
@@ -205,9 +206,9 @@ def test_inspect_of_the_example():
 def test_models():
     result = gatefit("models", "torchvision/*net18")
     assert result.exit_code == 0 and "torchvision/resnet18" in result.stdout and "1 of 1" in result.stdout
-    found, *_ = json.loads(gatefit("models", "timm/vgg11", "--json").stdout)
-    assert found["blocks"] == 0 and "no addition" in found["reason"]
-    assert "not gated: there is no addition" in gatefit("models", "timm/vgg11").stdout
+    found, *_ = json.loads(gatefit("models", "timm/repvgg_a0", "--json").stdout)
+    assert found["blocks"] == 0 and "side by side" in found["reason"]
+    assert "not gated: ..." in gatefit("models", "timm/repvgg_a0").stdout
     assert "no model" in refused("models", "no-such-network")
 
 
@@ -215,7 +216,10 @@ def test_models():
     ("arguments", "message"),
     [
         (["resnet81", "--l1", "1e-4", "--data", "digits"], "did you mean resnet"),
-        (["torchvision/vgg11", "--l1", "1e-4", "--data", "digits", "--image-size", "32"], "no residual block"),
+        (
+            ["torchvision/vgg11", "--l1", "1e-4", "--data", "digits", "--image-size", "32", "--gates", "lc"],
+            "no residual block",
+        ),
         (["test_resnet", "--l1", "-1", "--data", "digits"], "l1 must be 0 or more"),
         (["test_resnet", "--l1", "1", "--target", "0.5"], "not both"),
         (["test_resnet", "--target", "5", "--data", "digits"], "between 0 and 1"),
@@ -440,3 +444,42 @@ def test_launched_by_accelerate(recipe, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["gated"]["share"] == pytest.approx(0.7, abs=0.03)
+
+
+def test_a_network_that_is_traced_in_parts_is_converted_and_not_deployed(tmp_path):
+    """Commands say so before anything is trained."""
+    (tmp_path / "own.py").write_text(
+        """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.b(self.a(x).relu())
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), Block(), nn.Linear(8, 10)
+        self.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((self.body(x) if x.mean() < 1e6 else x).mean((2, 3)))
+
+def build():
+    torch.manual_seed(0)
+    return Net()
+"""
+    )
+    own, out = f"{tmp_path / 'own.py'}:build", tmp_path / "run"
+    assert "traced in parts, as the whole cannot be: body" in gatefit("inspect", own).stdout
+    options = ["--data", "digits", "--target", "0.8", "--epochs", "0", "--set", "data.limit=64"]
+    result = gatefit("convert", own, *options, "--out", out)
+    assert result.exit_code == 0 and "gates stand in body" in result.stderr
+    assert gatefit("evaluate", out, "--trust-code").exit_code == 0
+    assert "cannot be traced as a whole" in refused("deploy", out, "--trust-code")

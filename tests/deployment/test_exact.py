@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from deployed import gated_network, same, set_all
+from deployed import gated_network, plans_for, same, set_all
 from engines_table import ENGINES, cases
-from networks import images
+from networks import Plain, images
 
 import gatefit
 from gatefit.deployment.engines.chain import ChainBlock
@@ -57,3 +57,50 @@ def test_all_open_and_all_closed(name, value):
     deployed = gatefit.deploy(gated, images(), tuned=False)
     with torch.no_grad():
         assert same(deployed(images(3, seed=7)), gated(images(3, seed=7)))
+
+
+def _pairs(form):
+    """A network without a residual block, whose gates open and close at random."""
+    torch.manual_seed(2)
+    gated = gatefit.retrofit(Plain().eval(), images(), "c", form, form == "step")
+    for gate in gates_of(gated).values():
+        torch.nn.init.normal_(gate.channel.weight, std=3.0)
+        torch.nn.init.normal_(gate.channel.bias)
+        if gate.compensation is not None:
+            torch.nn.init.normal_(gate.compensation.weight, std=0.1)
+    return gated.eval()
+
+
+@pytest.mark.parametrize("form", ["step", "relu1"])
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e.name != "parallel"], ids=lambda e: e.name)
+def test_deployed_pairs_answer_as_the_gated_ones(engine, form):
+    if not engine.available():
+        pytest.skip(f"{engine.name} cannot run here")
+    gated = _pairs(form)
+    assert all(region is not None for _, region in plans_for(gated, images(8)).values())
+    deployed = engine.deploy(gated)
+    others = images(9, seed=5)
+    with torch.no_grad():
+        wanted = gated(others)
+        assert same(deployed(others), wanted)
+        assert same(torch.cat([deployed(x) for x in others.split(1)]), wanted)
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0])
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e.name != "parallel"], ids=lambda e: e.name)
+def test_pairs_all_open_and_all_closed(engine, value):
+    """PyTorch pools no image without channels."""
+    if not engine.available():
+        pytest.skip(f"{engine.name} cannot run here")
+    gated = _pairs("step")
+    set_all(gated, value)
+    with torch.no_grad():
+        assert same(engine.deploy(gated)(images(3, seed=7)), gated(images(3, seed=7)))
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+def test_pairs_without_a_pooling_between_run_in_one_kernel():
+    gathered = next(e for e in ENGINES if e.name == "gathered")
+    deployed = gathered.deploy(_pairs("step"))
+    kinds = [type(m) for m in deployed.modules() if isinstance(m, ChainBlock | GatheredBlock)]
+    assert sorted(k.__name__ for k in kinds) == ["ChainBlock", "GatheredBlock"]

@@ -12,12 +12,12 @@ ZOO = {
     "timm/resnet18": (8, 8), "timm/resnet50": (16, 16), "timm/mobilenetv2_100": (10, 10),
     "timm/resnext50_32x4d": (16, 16), "timm/tf_efficientnet_lite0": (9, 9), "timm/wide_resnet50_2": (16, 16),
     "timm/efficientnet_b0": (9, 9), "timm/convnext_tiny": (18, 18), "timm/regnety_016": (27, 27),
-    "timm/vit_tiny_patch16_224": (24, 12), "timm/densenet121": (0, 0), "timm/resnetv2_50": (16, 16),
+    "timm/vit_tiny_patch16_224": (24, 12), "timm/densenet121": (58, 58), "timm/resnetv2_50": (16, 16),
     "timm/dla34": (12, 12), "timm/hrnet_w18_small": (23, 23), "timm/cspdarknet53": (23, 23),
     "timm/swin_tiny_patch4_window7_224": (24, 12), "timm/res2net50_26w_4s": (16, 16),
     "timm/ghostnet_050": (16, 16), "timm/nfnet_f0": (12, 12), "timm/beit_base_patch16_224": (24, 12),
     "torchvision/resnet50": (16, 16), "torchvision/mobilenet_v2": (10, 10), "torchvision/resnext50_32x4d": (16, 16),
-    "torchvision/vgg11": (0, 0),
+    "torchvision/vgg11": (4, 4),
 }  # fmt: skip
 
 
@@ -25,7 +25,7 @@ ZOO = {
 def test_small_networks(name):
     case = CASES[name]
     found = gatefit.find_blocks(make(name), images())
-    assert tuple(b.units for b in found.blocks) == case.units
+    assert tuple(b.units for b in found.blocks if b.has_shortcut) == case.units
     if case.reason:
         reasons = [s.reason for s in found.skipped] + [b.no_channel_gate + b.channel_limit for b in found.blocks]
         assert any(case.reason in r for r in reasons), reasons

@@ -23,7 +23,8 @@ def inspect(
     """Show which blocks of a network can be gated.
 
     A block is an addition of a branch to a shortcut. Its gate can close the branch whole or single channels in it. The
-    reason stands beside each addition that cannot be gated.
+    reason stands beside each addition that cannot be gated. A network without a block is shown as pairs of layers:
+    gates can close the channels between the two.
     """
     with session(f"inspect {model_title(model)}") as stdout:
         import torch
@@ -62,4 +63,4 @@ def _plain(found: "FoundBlocks") -> dict[str, Any]:
         }
         for b in found.blocks
     ]
-    return {"macs": found.macs, "blocks": blocks, "skipped": [asdict(s) for s in found.skipped]}
+    return {"macs": found.macs, "parts": found.parts, "blocks": blocks, "skipped": [asdict(s) for s in found.skipped]}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gatefit.deployment.bench.memory import held_by, peak_of
 from gatefit.deployment.clock import second_run_ms
@@ -71,7 +71,7 @@ class Row:
 @torch.no_grad()
 def bench(
     original: nn.Module,
-    gated: fx.GraphModule,
+    gated: nn.Module,
     deployed: dict[str, Callable[[], Run]],
     images: Tensor,
     batch: int,
@@ -116,7 +116,7 @@ def bench(
     return timings, [_row(t, fastest, share, gates) for t in timings if t.dynamic]
 
 
-def _gates_ms(gated: fx.GraphModule, batch: Tensor) -> float:
+def _gates_ms(gated: nn.Module, batch: Tensor) -> float:
     """Time all gates alone in PyTorch, pooling and layers, one after another."""
     given: list[tuple[nn.Module, Tensor]] = []
 

@@ -1,7 +1,7 @@
 """Gates that close a wanted share without any training: what a conversion could gain, before it is paid for."""
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gatefit.gating.cost import costs_of, decisions_of
 from gatefit.gating.gates import Gate, before_gates
@@ -12,7 +12,7 @@ ROUNDS = 10
 
 
 @torch.no_grad()
-def set_share(gated: fx.GraphModule, images: Tensor, share: float, masks: int = 4, seed: int = 0) -> float:
+def set_share(gated: nn.Module, images: Tensor, share: float, masks: int = 4, seed: int = 0) -> float:
     """Give a freshly retrofitted network (form "step") gates that let through the share `share` of its MACs.
 
     In each block the images of the set are told apart along a random direction of its pooled input: every block is
@@ -41,7 +41,7 @@ def set_share(gated: fx.GraphModule, images: Tensor, share: float, masks: int = 
 
 
 @torch.no_grad()
-def keep_open(gated: fx.GraphModule, images: Tensor, seed: int = 0) -> None:
+def keep_open(gated: nn.Module, images: Tensor, seed: int = 0) -> None:
     """Make a placebo: give a freshly retrofitted network gates that read their input and close for none of `images`."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -53,7 +53,7 @@ def keep_open(gated: fx.GraphModule, images: Tensor, seed: int = 0) -> None:
     before_gates(gated, images, set_gate)
 
 
-def _close(gated: fx.GraphModule, images: Tensor, closed: float, masks: int, seed: int) -> None:
+def _close(gated: nn.Module, images: Tensor, closed: float, masks: int, seed: int) -> None:
     """Set each gate right before it runs, so that it sees what the ones before it left, and run the images."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -180,7 +180,8 @@ class ChainBlock(nn.Module):
             raise DeployError("its gates are not steps")
         self.saliences = Saliences(gate, replace(plan, skip=True, codebook=None))
         variant = gathered_variant(gated, gate, region)
-        self.steps = _chain(variant)
+        self.has_shortcut = gate.of.has_shortcut
+        self.steps = _chain(variant, self.has_shortcut)
         self.open = never_closes(gate)
         """Whether nothing ever closes: then there is nothing to ask the gates for."""
         if self.open:
@@ -194,7 +195,7 @@ class ChainBlock(nn.Module):
     @property
     def adds_input(self) -> bool:
         """See `PlainBlock.adds_input`."""
-        return self.projection is None
+        return self.has_shortcut and self.projection is None
 
     def to_structs(self, run: Kernels, shape: Shape) -> Structs:
         """Describe the block for inputs of a shape, as `Step.to_structs` does."""
@@ -269,7 +270,9 @@ class ChainBlocks(nn.Module):
         prepared = self._prepared  # this call's own, whatever other threads do: the kernel reads what it owns
         if prepared is None or prepared.image_shape != x.shape[1:]:
             prepared = self._prepared = self._prepare(run, x)
-        if prepared.shortcut_shape is not None:
+        if prepared.shortcut_shape is None:
+            shortcut = None  # a pair of layers is given its input in place of one
+        else:
             need_shape(prepared.shortcut_shape, () if shortcut is None else tuple(shortcut.shape[1:]))
         x, shortcut = x.contiguous(), None if shortcut is None else shortcut.contiguous()
         result = x.new_empty(len(x), *prepared.result_shape)
@@ -306,8 +309,8 @@ def need_shape(branch: Shape, shortcut: tuple[int, ...]) -> None:
         raise DeployError(f"a branch that gives {branch} cannot be added to a shortcut of {shortcut}")
 
 
-def _chain(variant: fx.GraphModule) -> list[Step]:
-    """List the convolutions of a gathered variant in order, if it is nothing else.
+def _chain(variant: fx.GraphModule, has_shortcut: bool) -> list[Step]:
+    """List the convolutions of a gathered variant in order, if it is nothing else but what adds its shortcut.
 
     Example: conv1 -> ReLU -> conv2 -> + shortcut -> ReLU gives two steps, both with the bounds (0, inf). The first one
     has `open_oc`, the second `open_ic`.
@@ -324,7 +327,7 @@ def _chain(variant: fx.GraphModule) -> list[Step]:
         module = module_of(variant, node)
         if node.op == "placeholder" or node in compensations:
             continue
-        if node.op == "output" and node.args[0] is current and added and not steps[-1].conv.depthwise:
+        if node.op == "output" and node.args[0] is current and added == has_shortcut and not steps[-1].conv.depthwise:
             return steps
         if added and activation_of(variant, node) != "relu":
             break

@@ -5,10 +5,12 @@ Images are run one by one, laid out (C, H, W).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gatefit.deployment.dynamic import Saliences, reads_saliences
@@ -21,6 +23,8 @@ from gatefit.gating.gates import Gate
 from gatefit.graph.activations import PLAIN
 from gatefit.graph.fold import fold_in_place
 
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d)
+_POOLING_CALLS = {F.max_pool2d, F.avg_pool2d, F.adaptive_max_pool2d}
 OPEN = "open"
 """The input of a gathered variant besides `gatefit.deployment.region.INPUTS`: the open units, (n,) int64."""
 UNBOUNDED = (-math.inf, math.inf)
@@ -143,6 +147,34 @@ def with_gathered_convs(network: fx.GraphModule) -> fx.GraphModule:
     return replace_convs(network, _gathered)
 
 
+def _pool(function: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Pool images (B, C, H, W) of which C may be 0: PyTorch pools no empty tensors."""
+    if x.shape[1]:
+        return function(x, *args, **kwargs)
+    return function(x.new_zeros(len(x), 1, *x.shape[2:]), *args, **kwargs)[:, :0]
+
+
+class _Pool(nn.Module):
+    """A pooling of as many channels as are open."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _pool(self.pool, x)
+
+
+def _pool_without_channels(variant: fx.GraphModule) -> None:
+    """Let the poolings of a gathered variant take images of which no unit is open; in place."""
+    for name, module in list(variant.named_modules()):
+        if isinstance(module, _POOLS):
+            variant.set_submodule(name, _Pool(module))
+    for node in variant.graph.nodes:
+        if node.target in _POOLING_CALLS:
+            node.args, node.target = (node.target, *node.args), _pool
+
+
 class GatheredBlock(nn.Module):
     """A block that runs just the open units of its branch: (input, shortcut) -> shortcut + branch.
 
@@ -184,6 +216,7 @@ def gathered_variant(gated: fx.GraphModule, gate: Gate, region: Region) -> fx.Gr
     hard = gate.form == "step"
     variant = fold_in_place(extract(gated, gate, region, None, not hard, not hard))
     with_gathered_convs(variant)
+    _pool_without_channels(variant)
     graph = variant.graph
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         open_units = graph.placeholder(OPEN)

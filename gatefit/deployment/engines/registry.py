@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 from gatefit.deployment.engines.native_network import gathered_network
 from gatefit.deployment.engines.onnx import Session, export, has_onnx
 from gatefit.deployment.engines.pytorch import Run, packed
+from gatefit.deployment.info import need_whole_graph
 from gatefit.deployment.kernels.native import kernels
 from gatefit.deployment.plan import plans_without_codebooks
-from gatefit.gating.insert import rewrite
+from gatefit.gating.insert import find_blocks, rewrite
 from gatefit.graph.fold import fold_batch_norms
 
 Backend = Literal["torch", "onnx"]
@@ -115,7 +116,8 @@ class Gathered:
         """See `Engine`."""
 
         def make() -> Run:
-            gated = rewrite(network.original, network.images, "lc", "step").eval()
+            pairs = not any(block.has_shortcut for block in find_blocks(network.original, network.images).blocks)
+            gated = need_whole_graph(rewrite(network.original, network.images, "c" if pairs else "lc", "step").eval())
             return gathered_network(gated, plans_without_codebooks(gated, skip=True), [network.images])
 
         return make
