@@ -78,8 +78,30 @@ def to_json(value: Any) -> str:
     Raises:
         CheckpointError: it holds what JSON does not know, such as an object or a number that is not finite.
     """
+    return _json_text(value, indent=2) + "\n"
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """Give the content of a JSON file with a digest of itself.
+
+    Raises:
+        CheckpointError: it holds what JSON does not know.
+    """
+    return {**content, "digest": json_digest(content)}
+
+
+def is_sealed(content: dict[str, Any]) -> bool:
+    """Tell whether the content of a JSON file is what `sealed` gave.
+
+    Raises:
+        KeyError: it has no digest.
+    """
+    return bool(json_digest({k: v for k, v in content.items() if k != "digest"}) == content["digest"])
+
+
+def _json_text(value: Any, **layout: Any) -> str:
     try:
-        return json.dumps(value, indent=2, allow_nan=False) + "\n"
+        return json.dumps(value, allow_nan=False, **layout)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"this cannot be written as JSON: {first_line(error)}") from error
 
@@ -198,8 +220,7 @@ def json_digest(value: Any) -> str:
     >>> json_digest({"a": 1, "b": [2]}) == json_digest({"b": [2], "a": 1})
     True
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_json_text(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def relative_to(folder: Path, path: Path) -> str:

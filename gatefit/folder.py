@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gatefit.errors import CheckpointError, first_line, shown
-from gatefit.files import check_schema, digest, json_digest, read_json, to_json, write_atomically
+from gatefit.files import check_schema, digest, is_sealed, json_digest, read_json, sealed, to_json, write_atomically
 
 FORMAT = 2
 CONFIG = "config.json"
@@ -101,8 +101,7 @@ def to_text(config: Config) -> str:
         "versions": config.versions,
         config.kind: config.part,
     }
-    to_json(content)  # refuses what the digest cannot be made of
-    return to_json({**content, "digest": json_digest(content)})
+    return to_json(sealed(content))
 
 
 def read_config(folder: Path) -> Config:
@@ -127,7 +126,7 @@ def read_config(folder: Path) -> Config:
     part = content.get(kind)
     if not set(content) >= _COMMON or not isinstance(part, dict) or not set(part) >= PARTS[kind]:
         raise CheckpointError(f"{file} is not one that gatefit wrote: keys are missing")
-    if json_digest({k: v for k, v in content.items() if k != "digest"}) != content["digest"]:
+    if not is_sealed(content):
         raise CheckpointError(f"{file} was changed after it was saved; put the file back, or save the network anew")
     check_schema(file, content, "config")
     known = content["figures"]

@@ -23,7 +23,7 @@ from gatefit.deployment.kernels.native import processor
 from gatefit.deployment.plan import BlockPlan, Deployment, Latency
 from gatefit.deployment.region import Region, region_or_none
 from gatefit.errors import CheckpointError, DeployError, first_line, shown
-from gatefit.files import check_schema, digest, json_digest, read_json, relative_to, write_atomically, write_json
+from gatefit.files import check_schema, digest, is_sealed, read_json, relative_to, sealed, write_atomically, write_json
 from gatefit.folder import read_config
 from gatefit.gating.checkpoint import load, record_file
 from gatefit.gating.gates import gates_of
@@ -101,7 +101,7 @@ def write_deployment(
         "machine": {"processor": machine.processor, "threads": machine.threads, "torch": machine.torch},
         "blocks": blocks,
     }
-    write_json(folder / FILE, {**content, "digest": json_digest(content)})
+    write_json(folder / FILE, sealed(content))
 
 
 def load_deployed(
@@ -124,7 +124,7 @@ def load_deployed(
         if content["format"] not in (4, 5, FORMAT):
             raise CheckpointError(f"{folder / FILE} has format {shown(content['format'])}; this gatefit reads {FORMAT}")
         if content["format"] == FORMAT:
-            if json_digest({k: v for k, v in content.items() if k != "digest"}) != content["digest"]:
+            if not is_sealed(content):
                 raise CheckpointError(f"{folder / FILE} was changed after it was written; deploy anew")
             check_schema(folder / FILE, content, "deployment")
         if content["format"] > 4 and content["network"] != read_config(folder).network:

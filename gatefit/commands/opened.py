@@ -9,15 +9,15 @@ from torch import fx, nn
 
 from gatefit.commands.figures import figures
 from gatefit.commands.report.result import read_result
-from gatefit.errors import CheckpointError, DataError, RecipeError
-from gatefit.folder import CONFIG, read_config
+from gatefit.errors import DataError, RecipeError
+from gatefit.folder import read_config
 from gatefit.formats import data_title, model_title
 from gatefit.gating.checkpoint import load
 from gatefit.gating.gates import gates_of
 from gatefit.gating.info import info_of
-from gatefit.gating.original import load_original
+from gatefit.gating.original import load_original, read_spec
 from gatefit.inputs.data import Splits, read_data
-from gatefit.inputs.spec import FOLDER, InputSpec, NetworkInput
+from gatefit.inputs.spec import FOLDER, NetworkInput
 from gatefit.recipe import RECIPE, Recipe, read_recipe
 from gatefit.training.evaluate import Evaluation, evaluate
 
@@ -46,11 +46,7 @@ def input_of(folder: Path) -> NetworkInput:
     Raises:
         GatefitError: the folder cannot be read.
     """
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read_config(folder).input.items()}
-    try:
-        return NetworkInput(InputSpec(**values), FOLDER, FOLDER, FOLDER)
-    except TypeError as error:
-        raise CheckpointError(f"{folder / CONFIG} is not one that gatefit wrote: {error}") from error
+    return NetworkInput(read_spec(read_config(folder), folder), FOLDER, FOLDER, FOLDER)
 
 
 def open_folder(folder: Path, data: str = "", skip_corrupt: bool = False, trust_code: bool = False) -> Opened:

@@ -22,7 +22,7 @@ from gatefit.deployment.region import Region, region_or_none
 from gatefit.deployment.tune import ROUNDS, tune
 from gatefit.errors import DeployError
 from gatefit.gating.gates import gates_of
-from gatefit.gating.info import image_spec, info_of
+from gatefit.gating.info import image_spec
 from gatefit.mode import evaluating
 from gatefit.renamed import renamed_argument
 
@@ -65,8 +65,7 @@ def deploy(
     Raises:
         GatefitError: `gated` has no gates, there are no calibration images, or the backend is not installed.
     """
-    info_of(gated)  # refuses a network that has no gates, or is deployed
-    image_spec(gated)  # refuses a network of other inputs
+    image_spec(gated)  # refuses a network that has no gates, is deployed, or takes other inputs
     images = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     _check(images, backend, masks, batch, placement)
     _check_placement(gated, placement)

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -17,9 +16,8 @@ from gatefit.gating.architecture import architecture_of, architecture_of_format_
 from gatefit.gating.gates import PREFIX, gates_of
 from gatefit.gating.info import info_of, set_info
 from gatefit.gating.insert import rewrite
-from gatefit.gating.original import build_original, read_reference, written_reference
+from gatefit.gating.original import build_original, read_reference, read_spec, written_reference
 from gatefit.graph.example import Example
-from gatefit.inputs.models import InputSpec
 
 
 def save(
@@ -89,13 +87,11 @@ def load(
     config.check_file(folder, WEIGHTS)
     if config.format > 1 and (folder / ORIGINAL).is_file():
         config.check_file(folder, ORIGINAL)
-    reference, part = read_reference(config, folder), config.part
+    reference, spec, part = read_reference(config, folder), read_spec(config, folder), config.part
     if model is not None and not isinstance(model, nn.Module):
         raise CheckpointError(f"model must be the original network, a torch.nn.Module, not {type(model).__name__}")
     network = build_original(config, folder, trust_code) if model is None else model
     try:
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.input.items()}
-        spec = InputSpec(**settings)
         example = torch.zeros(2, *spec.shape) if example is None else example
         gated = rewrite(network.eval(), example, part["gates"], part["form"], part["compensation"])
         if blocks_of(gated) != part["blocks"]:

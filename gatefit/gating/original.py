@@ -11,6 +11,7 @@ from gatefit.errors import CheckpointError, first_line, shown
 from gatefit.files import relative_to
 from gatefit.folder import CONFIG, ORIGINAL, Config, read_config
 from gatefit.inputs.models import ModelReference, build, from_registry, load_weights
+from gatefit.inputs.spec import InputSpec
 
 _UNTRUSTED = {
     "cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "weights",
@@ -46,6 +47,19 @@ def read_reference(config: Config, folder: Path) -> ModelReference | None:
         file = (folder.resolve() / path).resolve()
         return ModelReference("file", f"{file}:{function}", reference.arguments)
     except (TypeError, ValueError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{folder / CONFIG} is not one that gatefit wrote: {first_line(error)[:160]}") from error
+
+
+def read_spec(config: Config, folder: Path) -> InputSpec:
+    """Read what the network of a config takes.
+
+    Raises:
+        CheckpointError: it is none that gatefit wrote.
+    """
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.input.items()}
+    try:
+        return InputSpec(**values)
+    except TypeError as error:
         raise CheckpointError(f"{folder / CONFIG} is not one that gatefit wrote: {first_line(error)[:160]}") from error
 
 

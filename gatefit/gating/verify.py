@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from gatefit.errors import ConversionError
 from gatefit.gating.gates import Gate, gates_of
+from gatefit.graph.accept import of_library
 from gatefit.graph.example import Example, call
 from gatefit.graph.trace import call_counts
 
@@ -32,8 +33,8 @@ def verify(model: nn.Module, gated: fx.GraphModule, image: Example, seed: int = 
     """Check a fresh conversion in eval mode on the example `image`; both networks stay as they are.
 
     Purity: a second call of `model` gives the same, and none changes a buffer. Identity: all outputs of `gated` equal
-    those of `model` to the bit. Corruption: with half of the units and
-    half of the blocks closed, overwriting everything that is claimed dead changes no bit of the outputs.
+    those of `model` to the bit. Corruption: with half of the units and half of the blocks closed, overwriting
+    everything that is claimed dead changes no bit of the outputs.
 
     Raises:
         ConversionError: one of them does not hold, or the outputs are not finite.
@@ -98,7 +99,8 @@ def _pure_outputs(model: nn.Module, image: Example) -> list[Tensor]:
 
 def _check_training(model: nn.Module, gated: fx.GraphModule, image: Example) -> None:
     """Refuse a network of which code of its own changes buffers in train mode, if the gated copy does not."""
-    own = {f"{path}.{name}" if path else name for path, m in model.named_modules() if _is_own(m) for name in m._buffers}
+    modules = {path: m for path, m in model.named_modules() if not of_library(type(m).__module__)}
+    own = {f"{path}.{name}" if path else name for path, m in modules.items() for name in m._buffers}
     if not own:
         return
     changes = []
@@ -115,10 +117,6 @@ def _check_training(model: nn.Module, gated: fx.GraphModule, image: Example) -> 
             f"forward changes the buffer {_listed(lost)} in train mode, which a gated copy would not do; "
             "change it in a module of its own without convolutions, or outside forward"
         )
-
-
-def _is_own(module: nn.Module) -> bool:
-    return type(module).__module__.partition(".")[0] not in ("torch", "timm", "torchvision")
 
 
 def _buffers(network: nn.Module) -> dict[str, Tensor]:

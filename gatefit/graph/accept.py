@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from gatefit.errors import ConversionError
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-_LIBRARIES = ("torch", "timm", "torchvision")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -34,6 +33,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     if any(isinstance(node.target, torch._ops.OpOverload) for node in nodes):
         raise ConversionError("a network from torch.export cannot be gated; pass the network that was exported")
     return model
+
+
+def of_library(module: str) -> bool:
+    """Tell whether a Python module, by its name, is of PyTorch, timm or torchvision, and not of the user."""
+    return module.partition(".")[0] in ("torch", "timm", "torchvision")
 
 
 def check_copyable(model: nn.Module) -> None:
@@ -81,7 +85,7 @@ def _opened(module: nn.Module, is_leaf: Callable[[nn.Module, str], bool], name: 
 def _own_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = chain.from_iterable(getattr(module, kind).values() for kind in kinds)
-    return [hook for hook in hooks if _home(hook).partition(".")[0] not in _LIBRARIES]
+    return [hook for hook in hooks if not of_library(_home(hook))]
 
 
 def _home(hook: Any) -> str:

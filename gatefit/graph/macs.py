@@ -20,10 +20,10 @@ def node_macs(traced: fx.GraphModule, node: fx.Node) -> int:
     shape = shape_of(node)
     if shape is None or not shape:
         return 0
-    per_image = prod(shape[1:]) * _rows_per_image(traced, shape[0])
+    rows = _rows_per_image(traced, shape[0])
+    per_image = rows * prod(shape[1:])
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         source = shape_of(node.args[0])
-        rows = _rows_per_image(traced, shape[0])
         return rows * prod(source[1:]) * prod(module.weight.shape[1:]) if source else 0
     if isinstance(module, nn.modules.conv._ConvNd):
         return per_image * prod(module.weight.shape[1:])

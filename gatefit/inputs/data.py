@@ -1,6 +1,7 @@
 """Images and labels: an image folder, a tar of one, the digits, or any data set that timm can create."""
 
 import contextlib
+import functools
 import math
 import os
 import statistics
@@ -156,12 +157,11 @@ Source = Splits | ImageSet | str | Path | tuple[Tensor, Tensor]
 
 
 def as_images(data: Source, spec: InputSpec, seed: int = 0) -> Splits:
-    """Splits from what a caller has at hand.
+    """Make splits from what a caller has at hand.
 
     Args:
         data: Splits; one ImageSet, to train and evaluate on alike; a name or path (see `read_data`); or a pair of
-            images (N, C, H, W), uint8 or already normalised floats, and class indices
-            (N,).
+            images (N, C, H, W), uint8 or already normalised floats, and class indices (N,).
         spec: the network's input, for a name or path.
         seed: of the division of a set without splits.
 
@@ -197,7 +197,7 @@ def _check_tensors(images: Tensor, labels: Tensor) -> None:
 
 
 def some_images(images: ImageSet, spec: InputSpec, count: int) -> Tensor:
-    """`count` images, the same each time, normalised: (count, C, H, W)."""
+    """Take `count` images, the same each time, normalised: (count, C, H, W)."""
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     return normalise(images.__getitems__(chosen.tolist())[0], spec)
 
@@ -209,7 +209,7 @@ def hold_out(images: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSe
 
 
 def normalise(images: Tensor, spec: InputSpec) -> Tensor:
-    """uint8 images (B, C, H, W) as the float32 that the network was trained on; floats are taken as they are."""
+    """Turn uint8 images (B, C, H, W) into the float32 that the network was trained on; floats are taken as they are."""
     if images.dtype != torch.uint8:
         return images
     if images.shape[1] != len(spec.mean):
@@ -285,10 +285,16 @@ def _from_timm(name: str, spec: InputSpec, corrupt: str, limit: int, size_assume
             ) from error
         names = [str(c) for c in getattr(dataset, "classes", sorted(set(labels)))]
         items = [(i, label) for i, label in enumerate(labels)]
+        opener = functools.partial(_image_of, dataset)
         if size_assumed:
-            _check_size(name, _shorter_side(items, lambda i, d=dataset: d[i][0]), spec)  # type: ignore[misc]
-        splits.append(_build(name, items, lambda i, d=dataset: d[i][0], names, spec, corrupt))  # type: ignore[misc]
+            _check_size(name, _shorter_side(items, opener), spec)
+        splits.append(_build(name, items, opener, names, spec, corrupt))
     return Splits(*splits)
+
+
+def _image_of(dataset: Any, index: int) -> Image.Image:
+    image: Image.Image = dataset[index][0]
+    return image
 
 
 def _streamed(
@@ -324,10 +330,9 @@ def _from_files(
     built = [_build(name, part.items, opener, part.classes, spec, corrupt) for part in divided.parts]
     for part, images in zip(divided.parts, built, strict=True):
         _check_classes(name, part.split, images)
-    unread = sum(len(part.items) for part in divided.parts) - sum(map(len, built))
-    skipped = ["corrupt"] * unread + divided.skipped
+    read = sum(map(len, built))
+    skipped = ["corrupt"] * (sum(len(part.items) for part in divided.parts) - read) + divided.skipped
     if skipped:
-        read = sum(map(len, built))
         warnings.warn(
             f"'{name}': read {read:,} images, skipped {len(skipped):,} ({counts(skipped)})",
             GatefitWarning,

@@ -89,7 +89,7 @@ def _function_missing(text: str) -> str:
 
 
 def names_like(pattern: str) -> list[str]:
-    """Names of timm and torchvision, qualified, that contain `pattern` or fit it as a shell pattern ("resnet*d").
+    """List names of timm and torchvision, qualified, that contain `pattern` or fit it as a shell pattern ("resnet*d").
 
     Raises:
         ModelError: there is none.
@@ -207,7 +207,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Tensors of a weight file by key; torch files are read with weights_only."""
+    """Read the tensors of a weight file by key; torch files are read with weights_only."""
     if not file.is_file():
         raise ModelError(f"no weight file '{file}'")
     try:
